@@ -1,0 +1,340 @@
+"""The artifact store: immutable files named by their content, bound by a manifest that is written last.
+
+Layout below the root, the same in a folder and in a bucket::
+
+    <stage>/<first 16 digits of the key>/<stem>-<first 12 digits of the sha256><suffix>
+    <stage>/<first 16 digits of the key>/manifest.json
+    work/<stage>/<first 16 digits of the key>/<name>    what attempts keep to continue; not an artifact
+
+Nothing is overwritten and readers believe manifests alone: a file that no manifest names does not exist. So a
+writer may be killed at any moment and started again, and two writers of one key end with one artifact.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from datasets.blobs import LocalBlobs, RemoteBlobs, open_blobs
+from datasets.errors import CorruptionError, SpaceError, StoreError
+from datasets.keys import sha256_file, sha256_hex
+from datasets.manifest import KEY_PATTERN, NAME_PATTERN, STAGE_PATTERN, Content, FileRecord, Manifest
+
+MANIFEST = "manifest.json"
+WORK = "work"
+DEFAULT_ROOT = "./artifacts"
+
+_log = logging.getLogger(__name__)
+
+
+def _fitting(value: str, pattern: re.Pattern[str], rule: str) -> str:
+    if not pattern.fullmatch(value):
+        raise ValueError(f"{rule}, got {value!r}")
+    return value
+
+
+def _name(name: str) -> str:
+    """Return a file name after checking that it can be one everywhere and cannot leave its folder."""
+    return _fitting(name, NAME_PATTERN, "a file name must be made of letters, digits and any of ._=+-")
+
+
+def _folder(stage: str, key: str) -> str:
+    """Return an artifact's folder, relative to the root."""
+    _fitting(stage, STAGE_PATTERN, "a stage must be lowercase words joined by hyphens")
+    _fitting(key, KEY_PATTERN, "a key must be 64 lowercase hex digits")
+    return f"{stage}/{key[:16]}"
+
+
+def _object_name(name: str, digest: str) -> str:
+    """Return the name under which content of that digest is stored."""
+    plain = PurePosixPath(_name(name))
+    return f"{plain.stem}-{digest[:12]}{plain.suffix}"
+
+
+def _size(num_bytes: int) -> str:
+    """Return a size for people, e.g. ``3.0 GiB``."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+class WorkArea:
+    """What attempts at one artifact keep to continue after a kill: flat names, each write in one step.
+
+    Args:
+        blobs: The store's blobs.
+        folder: The area's folder in the store.
+        scratch: Its folder on this machine.
+    """
+
+    def __init__(self, blobs: LocalBlobs | RemoteBlobs, folder: str, *, scratch: Path) -> None:
+        self._blobs = blobs
+        self._folder = folder
+        self._scratch = scratch
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, whole and durable, in place of what it held.
+
+        Raises:
+            SpaceError: When the store is full; what the file held before is still there.
+        """
+        self._blobs.replace(f"{self._folder}/{_name(name)}", data)
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file's bytes, or None when it does not exist."""
+        return self._blobs.read(f"{self._folder}/{_name(name)}")
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Return the sorted names of the files that begin with a prefix."""
+        return [name for name in self._blobs.names(self._folder) if name.startswith(prefix)]
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it exists."""
+        self._blobs.remove(f"{self._folder}/{_name(name)}")
+
+    def clear(self) -> None:
+        """Remove everything in the area, scratch on this machine too."""
+        self._blobs.remove_folder(self._folder)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def path(self, name: str) -> Path:
+        """Return a path on this machine for scratch; its folder exists.
+
+        In a local store it is the very file that ``read`` reads; else it is unknown to the store.
+        """
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        return self._scratch / _name(name)
+
+
+class Store:
+    """The root that holds artifacts, at any fsspec URI; a local folder is created.
+
+    Args:
+        uri: A local path, or an fsspec URI such as ``file:///data``, ``memory://name``, ``s3://bucket/prefix``.
+
+    Raises:
+        StoreError: When nothing can be written there.
+    """
+
+    def __init__(self, uri: str | Path = DEFAULT_ROOT) -> None:
+        self._blobs = open_blobs(str(uri))
+        try:
+            self._blobs.probe()
+        except Exception as error:  # object stores raise what their client library likes
+            raise StoreError(
+                f"the store must be writable, but {self.uri} is not ({type(error).__name__}: {error}); "
+                "make it writable or name another with --store"
+            ) from error
+
+    @property
+    def uri(self) -> str:
+        """The store's address: an absolute path when local, else a URI."""
+        return self._blobs.address("").rstrip("/")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the store is a folder on this machine."""
+        return isinstance(self._blobs, LocalBlobs)
+
+    @property
+    def root(self) -> Path:
+        """The store's folder.
+
+        Raises:
+            StoreError: When the store is not local.
+        """
+        if isinstance(self._blobs, RemoteBlobs):
+            raise StoreError(
+                f"only a local store has a folder, got {self.uri}; "
+                "use local_root for what must lie on this machine, or name a path with --store"
+            )
+        return self._blobs.root
+
+    @property
+    def local_root(self) -> Path:
+        """The folder for databases, caches and logs: the root when local, else ./artifacts."""
+        return self.root if self.is_local else Path(DEFAULT_ROOT).absolute()
+
+    def find(self, stage: str, key: str) -> Manifest | None:
+        """Return the artifact of that key, or None when it has not been committed.
+
+        Raises:
+            CorruptionError: When its manifest is damaged or belongs to another artifact.
+        """
+        path = f"{_folder(stage, key)}/{MANIFEST}"
+        data = self._blobs.read(path)
+        return None if data is None else self._parsed(data, path, stage=stage, key=key)
+
+    def put(self, stage: str, key: str, name: str, data: bytes, *, count: int | None = None) -> FileRecord:
+        """Store bytes as a file of an artifact to be and return its record; doing it again changes nothing.
+
+        Args:
+            stage: The artifact's stage.
+            key: The artifact's key.
+            name: What the artifact calls the file, e.g. ``train-00000.tar``.
+            data: The bytes.
+            count: Samples or rows in it, where that means something.
+
+        Raises:
+            CorruptionError: When a file of that content's name exists and holds something else.
+            SpaceError: When the store is full.
+        """
+        digest = sha256_hex(data)
+        record = FileRecord(name, _object_name(name, digest), len(data), digest, count)
+        path = f"{_folder(stage, key)}/{record.path}"
+        held = self._blobs.create(path, data)
+        self._require_digest(path, record, digest if held is data else sha256_hex(held))
+        return record
+
+    def put_file(
+        self, stage: str, key: str, name: str, source: Path, *, count: int | None = None
+    ) -> FileRecord:
+        """Store a copy of a local file like ``put``, without holding it in memory."""
+        digest, num_bytes = sha256_file(source), source.stat().st_size
+        record = FileRecord(name, _object_name(name, digest), num_bytes, digest, count)
+        path = f"{_folder(stage, key)}/{record.path}"
+        self._require_digest(path, record, self._blobs.create_from(path, source))
+        return record
+
+    def commit(self, content: Content, provenance: Mapping[str, Any]) -> Manifest:
+        """Make an artifact exist by writing its manifest, and return it.
+
+        When another attempt was first, its manifest is returned: equal content, the first one's provenance.
+
+        Raises:
+            StoreError: When a file of the content is not stored, or the key already names other content.
+        """
+        folder = _folder(content.stage, content.key)
+        self._require_stored(content, folder)
+        manifest = Manifest(content, dict(provenance))
+        path = f"{folder}/{MANIFEST}"
+        data = self._blobs.create(path, manifest.to_json())
+        held = self._parsed(data, path, stage=content.stage, key=content.key)
+        if held.digest != manifest.digest:
+            raise StoreError(
+                f"one key must name one content, but {self._blobs.address(path)} holds {held.digest} and "
+                f"this attempt made {manifest.digest}; raise the stage's CODE_VERSION if its output changed, "
+                "or delete that folder"
+            )
+        self._blobs.sweep(folder)
+        return held
+
+    def read(self, manifest: Manifest, name: str) -> bytes:
+        """Return the bytes of an artifact's file, verified.
+
+        Raises:
+            CorruptionError: When the file is missing or does not have the digest its manifest records.
+            KeyError: When the artifact has no such file.
+        """
+        record = manifest.file(name)
+        path = f"{_folder(manifest.stage, manifest.key)}/{record.path}"
+        data = self._blobs.read(path)
+        if data is None:
+            raise self._missing(path, record)
+        self._require_digest(path, record, sha256_hex(data))
+        return data
+
+    def local_file(self, manifest: Manifest, name: str) -> Path:
+        """Return a path on this machine that holds an artifact's file, verified; do not write to it.
+
+        A file of a remote store is fetched once into ``local_root/cache``, under its digest.
+
+        Raises:
+            CorruptionError: When the file is missing or does not have the digest its manifest records.
+            KeyError: When the artifact has no such file.
+        """
+        record = manifest.file(name)
+        path = f"{_folder(manifest.stage, manifest.key)}/{record.path}"
+        if isinstance(self._blobs, LocalBlobs):
+            local = self._blobs.root / path
+            if not local.is_file():
+                raise self._missing(path, record)
+        else:
+            local = self.local_root / "cache" / f"{record.sha256}{PurePosixPath(record.name).suffix}"
+            if local.is_file() and sha256_file(local) == record.sha256:
+                return local
+            if not self._blobs.fetch(path, local):
+                raise self._missing(path, record)
+        self._require_digest(path, record, sha256_file(local))
+        return local
+
+    def manifests(self, stage: str | None = None) -> list[Manifest]:
+        """Return all committed artifacts, of one stage or of all, sorted by stage and key.
+
+        For listings only: whether one exists is decided by ``find``. Damaged manifests are left out with a
+        logged warning.
+        """
+        found: list[Manifest] = []
+        for path in self._blobs.match(f"{stage or '*'}/*/{MANIFEST}"):
+            try:
+                data = self._blobs.read(path)
+                if data is not None:
+                    found.append(Manifest.from_json(data, source=self._blobs.address(path)))
+            except StoreError as error:
+                _log.warning("left out of the listing: %s", error)
+        return sorted(found, key=lambda manifest: (manifest.stage, manifest.key))
+
+    def work(self, stage: str, key: str) -> WorkArea:
+        """Return the place where attempts at an artifact keep what they need to continue after a kill."""
+        folder = f"{WORK}/{_folder(stage, key)}"
+        return WorkArea(self._blobs, folder, scratch=self.local_root / folder)
+
+    def uri_of(self, manifest: Manifest) -> str:
+        """Return the address of an artifact's folder."""
+        return self._blobs.address(_folder(manifest.stage, manifest.key))
+
+    def require_free(self, need_bytes: int, *, purpose: str) -> None:
+        """Check that a local store has room; an object store is taken to have it.
+
+        Args:
+            need_bytes: The room needed.
+            purpose: What it is for, the subject of the message, e.g. ``"encode-latents"``.
+
+        Raises:
+            SpaceError: When there is less.
+        """
+        if not self.is_local:
+            return
+        have_bytes = shutil.disk_usage(self.root).free
+        if have_bytes < need_bytes:
+            raise SpaceError(
+                f"{purpose} needs {_size(need_bytes)} free in the store, {self.root} has "
+                f"{_size(have_bytes)}; "
+                "free space there or name another place with --store"
+            )
+
+    def _parsed(self, data: bytes, path: str, *, stage: str, key: str) -> Manifest:
+        address = self._blobs.address(path)
+        manifest = Manifest.from_json(data, source=address)
+        if (manifest.stage, manifest.key) != (stage, key):
+            raise CorruptionError(
+                f"{address} must be the manifest of {stage} {key}, but is that of {manifest.stage} "
+                f"{manifest.key}; delete its folder and run the stage again"
+            )
+        return manifest
+
+    def _require_stored(self, content: Content, folder: str) -> None:
+        for record in content.files:
+            path = f"{folder}/{record.path}"
+            num_bytes = self._blobs.size(path)
+            if num_bytes != record.bytes:
+                found = "nothing" if num_bytes is None else f"{num_bytes} bytes"
+                raise StoreError(
+                    f"every file must be stored before its manifest, but {self._blobs.address(path)} holds "
+                    f"{found} instead of {record.bytes} bytes; put it first"
+                )
+
+    def _require_digest(self, path: str, record: FileRecord, found: str) -> None:
+        if found != record.sha256:
+            raise CorruptionError(
+                f"{record.name} at {self._blobs.address(path)} must have sha256 {record.sha256}, but has "
+                f"{found}; delete its folder and run the stage again"
+            )
+
+    def _missing(self, path: str, record: FileRecord) -> CorruptionError:
+        return CorruptionError(
+            f"the manifest promises {record.name} at {self._blobs.address(path)}, but nothing is there; "
+            "delete its folder and run the stage again"
+        )

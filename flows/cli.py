@@ -1,0 +1,205 @@
+"""The console script `ldm`: every stage as a verb, and what one does with what they leave behind.
+
+Imports inside the commands keep `ldm --help` instant.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+EXIT_REFUSED = 2
+
+app = App(
+    name="ldm",
+    help=(
+        "Train latent diffusion models: download, first stage, latents, UNet, scores.\n\n"
+        "`ldm reproduce demo` runs everything on real pictures; each stage is also a verb of its own and reuses what "
+        "the store already has. `ldm recipes` lists the runs that come with the package; a recipe is a YAML, and any "
+        "value of it can be set from here: `ldm train-ldm demo --set training.num_images=20000`."
+    ),
+    version_flags=[],
+)
+
+RecipeName = Annotated[str, Parameter(help="Name of a recipe (see `ldm recipes`) or path of your own YAML.")]
+Overrides = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--set", help="Set one value of the recipe: a dotted key, `=`, a YAML value. May be repeated."
+    ),
+]
+StoreUri = Annotated[str, Parameter(name="--store", help="Root of all artifacts: a folder or an fsspec URI.")]
+Build = Annotated[
+    bool,
+    Parameter(
+        name="--build", negative="--no-build", help="Build missing inputs, or refuse to run without them."
+    ),
+]
+DEFAULT_STORE = "./artifacts"
+
+
+def run_flow(name: str, recipe: str, overrides: list[str] | None, store: str, **more: object) -> None:
+    """Check the request, then run a flow and print what it made."""
+    from datasets.store import Store
+    from flows.local import use_local_services
+
+    use_local_services(Store(store).local_root)
+    from flows.request import Request
+    from flows.summary import print_summary
+
+    model, build = more.get("model"), bool(more.get("build", True))
+    request = Request.resolve(
+        recipe, overrides or [], store, build=build, model=model if isinstance(model, str) else None
+    )
+    from flows.registry import FLOWS
+
+    outcome = FLOWS[name](recipe, overrides, store, **more)
+    print_summary(request, outcome if isinstance(outcome, list) else [outcome])
+
+
+@app.command(name="download-shards")
+def download_shards(recipe: RecipeName, *, set: Overrides = None, store: StoreUri = DEFAULT_STORE) -> None:
+    """Fetch, curate and shard the pictures of a recipe's data set."""
+    run_flow("download-shards", recipe, set, store)
+
+
+@app.command(name="train-first-stage")
+def train_first_stage(
+    recipe: RecipeName,
+    *,
+    set: Overrides = None,
+    store: StoreUri = DEFAULT_STORE,
+    build: Build = True,
+) -> None:
+    """Train the recipe's first stage (the autoencoder)."""
+    run_flow("train-first-stage", recipe, set, store, build=build)
+
+
+@app.command(name="encode-latents")
+def encode_latents(
+    recipe: RecipeName,
+    *,
+    set: Overrides = None,
+    store: StoreUri = DEFAULT_STORE,
+    build: Build = True,
+) -> None:
+    """Encode the corpus into latent shards."""
+    run_flow("encode-latents", recipe, set, store, build=build)
+
+
+@app.command(name="train-ldm")
+def train_ldm(
+    recipe: RecipeName,
+    *,
+    set: Overrides = None,
+    store: StoreUri = DEFAULT_STORE,
+    build: Build = True,
+) -> None:
+    """Train the recipe's UNet on latents."""
+    run_flow("train-ldm", recipe, set, store, build=build)
+
+
+@app.command
+def evaluate(
+    recipe: RecipeName,
+    *,
+    set: Overrides = None,
+    store: StoreUri = DEFAULT_STORE,
+    build: Build = True,
+    model: Annotated[
+        str | None, Parameter(help="Score this registered model, e.g. `ldm-demo@candidate`.")
+    ] = None,
+) -> None:
+    """Score a model: FID, precision and recall, rFID, PSNR, class accuracy, each beside its floor."""
+    run_flow("evaluate", recipe, set, store, build=build, model=model)
+
+
+@app.command
+def reproduce(recipe: RecipeName, *, set: Overrides = None, store: StoreUri = DEFAULT_STORE) -> None:
+    """Run a recipe from the URL list to the scores."""
+    run_flow("reproduce", recipe, set, store)
+
+
+@app.command
+def sample(
+    model: Annotated[str, Parameter(help="`ldm-demo`, `ldm-demo@candidate`, or the first digits of a key.")],
+    *,
+    output: Annotated[Path, Parameter(help="PNG to write.")] = Path("samples.png"),
+    classes: Annotated[
+        list[str] | None,
+        Parameter(
+            help="Class names or numbers, one row each; all classes by default.", consume_multiple=True
+        ),
+    ] = None,
+    per_class: Annotated[int, Parameter(help="Pictures per row.")] = 4,
+    seed: Annotated[int | None, Parameter(help="Seed of the noise; the recipe's by default.")] = None,
+    steps: Annotated[int | None, Parameter(help="DDIM steps; the recipe's by default.")] = None,
+    guidance: Annotated[
+        float | None, Parameter(help="Guidance scale; the recipe's by default, 1 for none.")
+    ] = None,
+    store: StoreUri = DEFAULT_STORE,
+) -> None:
+    """Draw a grid of samples from a trained model."""
+    from flows.sample import sample_to_file
+
+    changes = {"seed": seed, "steps": steps, "guidance": guidance}
+    sample_to_file(
+        store,
+        model,
+        output,
+        classes=classes,
+        per_class=per_class,
+        changes={k: v for k, v in changes.items() if v is not None},
+    )
+
+
+@app.command
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    from flows.listing import print_recipes
+
+    print_recipes()
+
+
+@app.command(name="list")
+def list_artifacts(*, store: StoreUri = DEFAULT_STORE) -> None:
+    """List the artifacts of a store: what exists, how large it is, what it cost, what it is made of."""
+    from flows.listing import print_artifacts
+
+    print_artifacts(store)
+
+
+@app.command
+def status(*, store: StoreUri = DEFAULT_STORE) -> None:
+    """Say what runs, how far it is, and what was cut off."""
+    from flows.listing import print_status
+
+    print_status(store)
+
+
+@app.command
+def logs(
+    stage: Annotated[
+        str | None, Parameter(help="A stage's name; the stage that ran last by default.")
+    ] = None,
+    *,
+    lines: Annotated[int, Parameter(help="How many of the last lines.")] = 50,
+    store: StoreUri = DEFAULT_STORE,
+) -> None:
+    """Print the last lines of a stage's log."""
+    from flows.listing import print_log
+
+    print_log(store, stage, lines)
+
+
+def main() -> None:
+    """Run the command line; a foreseen error is one message on stderr and exit status 2."""
+    from datasets.errors import DatasetsError
+    from ldm.errors import LdmError
+
+    try:
+        app()
+    except (DatasetsError, LdmError) as error:
+        print(f"ldm: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)

@@ -1,0 +1,25 @@
+"""Services of a run on one machine, all of whose state lies under the store."""
+
+import os
+from pathlib import Path
+
+
+def use_local_services(local_root: Path) -> None:
+    """Point Prefect at a server that lives as long as this process, unless PREFECT_API_URL names one.
+
+    Call it before Prefect is imported, which reads its settings then.
+
+    Args:
+        local_root: folder for Prefect's database.
+    """
+    defaults = {
+        "PREFECT_HOME": str((local_root / "prefect").resolve()),
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "datasets,ldm,flows",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+        "DO_NOT_TRACK": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

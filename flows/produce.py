@@ -1,0 +1,177 @@
+"""Makes the artifact of a stage, or reuses it: tracked in MLflow, shown in Prefect, its models registered."""
+
+import json
+import logging
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, ConfigDict
+
+from datasets.image_shards import build_image_shards, plan_list
+from datasets.manifest import Manifest
+from flows.models import open_tracker
+from flows.pages import publish
+from flows.progress import StageReport
+from flows.request import DOWNLOAD_SHARDS, Request
+from ldm.config import Recipe
+from ldm.stages import STAGES
+from ldm.stages.stage import Job, environment
+from ldm.tracked_run import TrackedRun
+
+logger = logging.getLogger(__name__)
+PARENT_RUN: ContextVar[str | None] = ContextVar("PARENT_RUN", default=None)
+"""MLflow run under which the stages of `reproduce` are shown."""
+REGISTERED = {"train-first-stage": "first-stage-{recipe.first_stage.name}", "train-ldm": "ldm-{recipe.name}"}
+
+
+class Receipt(BaseModel):
+    """What a stage's flow hands on: small, JSON, and enough to find the rest."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    key: str
+    digest: str
+    uri: str
+    reused: bool
+    mlflow_run: str | None
+    wall_s: float
+    cpu_s: float
+    bytes: int
+
+
+def receipt_of(request: Request, manifest: Manifest, *, reused: bool) -> Receipt:
+    """The receipt of an artifact."""
+    provenance = manifest.provenance
+    return Receipt(
+        stage=manifest.stage,
+        key=manifest.key,
+        digest=manifest.digest,
+        uri=request.store.uri_of(manifest),
+        reused=reused,
+        mlflow_run=provenance.get("mlflow_run"),
+        wall_s=float(provenance.get("wall_s", 0.0)),
+        cpu_s=float(provenance.get("cpu_s", 0.0)),
+        bytes=manifest.num_bytes,
+    )
+
+
+def produce(request: Request, stage: str) -> Receipt:
+    """The artifact of a stage whose inputs are there: reused if it exists, made otherwise."""
+    manifest = request.find(stage)
+    reused = manifest is not None
+    if manifest is None:
+        manifest = make(request, stage)
+        request.found[stage] = manifest
+    else:
+        run = manifest.provenance.get("mlflow_run")
+        logger.info("%s reuses artifact %s, made by MLflow run %s", stage, manifest.short, run)
+    receipt = receipt_of(request, manifest, reused=reused)
+    publish(manifest, receipt.uri, reused=reused)
+    return receipt
+
+
+@task(name="make", task_run_name="make {stage}", cache_policy=NO_CACHE, persist_result=False)
+def make(request: Request, stage: str) -> Manifest:
+    """Do the work of a stage in a tracked run."""
+    key, params = plan(request, stage)
+    with tracked(request, stage, key, params) as run, StageReport(request.store, stage, key, run) as report:
+
+        def provenance() -> dict[str, Any]:
+            return {
+                "mlflow_run": run.id,
+                "made": datetime.now(UTC).isoformat(timespec="seconds"),
+                "host": socket.gethostname(),
+                "environment": environment(request.recipe),
+                "recipe": request.recipe.model_dump(mode="json"),
+                **report.costs(),
+            }
+
+        if stage == DOWNLOAD_SHARDS:
+            manifest = build_image_shards(
+                request.store, request.recipe.dataset, progress=report.progress, provenance=provenance
+            )
+        else:
+            inputs = inputs_of(request, stage)
+            for role, parent in inputs.items():
+                run.input(role, digest=parent.digest, uri=request.store.uri_of(parent), context=role)
+            manifest = STAGES[stage].run(
+                Job(STAGES[stage], request.store, request.recipe, key, inputs, report), provenance
+            )
+        describe(request, run, manifest)
+    return manifest
+
+
+def inputs_of(request: Request, stage: str) -> dict[str, Manifest]:
+    """The artifacts a stage reads, which its flow has found or made before."""
+    return {role: request.found[parent] for role, parent in STAGES[stage].inputs.items()}
+
+
+def plan(request: Request, stage: str) -> tuple[str, dict[str, Any]]:
+    """Key under which attempts at a stage are kept, and the parameters that MLflow shows."""
+    recipe = request.recipe
+    if stage == DOWNLOAD_SHARDS:
+        dataset = recipe.dataset.model_dump(mode="json", exclude={"description", "licence", "attribution"})
+        return plan_list(recipe.dataset).key, dict(flat("", dataset))
+    key = STAGES[stage].key(recipe, inputs_of(request, stage))
+    return key, dict(flat("", STAGES[stage].what(recipe)))
+
+
+def flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Nested settings as dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(f"{prefix}{name}.", value)
+        else:
+            yield f"{prefix}{name}", value
+
+
+@contextmanager
+def tracked(request: Request, stage: str, key: str, params: Mapping[str, Any]) -> Iterator[TrackedRun]:
+    """The MLflow run of one artifact: the same run again when an earlier attempt was cut off."""
+    work = request.store.work(stage, key)
+    saved = work.read("mlflow.json")
+    run = open_tracker(request.store).start(
+        stage,
+        name=f"{request.recipe.name}-{key[:8]}",
+        params=dict(params),
+        tags={"recipe": request.recipe.name, "key": key, "store": request.store.uri},
+        run_id=json.loads(saved)["run_id"] if saved else None,
+        parent_run_id=PARENT_RUN.get(),
+    )
+    if run.id is not None:
+        work.write("mlflow.json", json.dumps({"run_id": run.id}).encode())
+    with run:
+        yield run
+
+
+def describe(request: Request, run: TrackedRun, manifest: Manifest) -> None:
+    """Tell MLflow what came out: digest, manifest, costs, numbers, registered model, and the way back."""
+    store, uri = request.store, request.store.uri_of(manifest)
+    run.output(manifest.stage, digest=manifest.digest, uri=uri)
+    run.json("manifest.json", json.loads(manifest.to_json()))
+    run.metrics(0, {name: manifest.provenance[name] for name in ("wall_s", "cpu_s")})
+    run.metrics(0, {"artifact_bytes": manifest.num_bytes})
+    if manifest.stage == DOWNLOAD_SHARDS:
+        parent = manifest.content.parents["url_list"]
+        url_list = store.find(parent.stage, parent.key)
+        if url_list is not None:
+            run.input("url_list", digest=url_list.digest, uri=store.uri_of(url_list), context="source")
+        outcomes = manifest.content.statistics["outcomes"]
+        run.metrics(0, {f"outcome_{reason}": count for reason, count in outcomes.items()})
+    name = registered_name(manifest.stage, request.recipe)
+    if name:
+        tags = {"recipe": request.recipe.name, "key": manifest.key}
+        run.register(name, uri=uri, digest=manifest.digest, tags=tags, alias="candidate")
+
+
+def registered_name(stage: str, recipe: Recipe) -> str | None:
+    """Name in the registry of what a stage makes; None when it is no model."""
+    form = REGISTERED.get(stage)
+    return None if form is None else form.format(recipe=recipe)

@@ -1,0 +1,66 @@
+"""Draws samples of a trained model into a file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from datasets.store import Store
+from flows.models import find_model, recipe_of
+from ldm.config import Sampling
+from ldm.errors import ContractError
+from ldm.range import to_uint8
+from ldm.stages.train_ldm import labelled_grid, load_model
+
+
+def class_labels(asked: Sequence[str] | None, known: Sequence[str]) -> list[int]:
+    """Indices of classes given by name or number; all of them by default, [-1] for an unconditional model.
+
+    Raises:
+        ContractError: a class the model does not know.
+    """
+    if asked is None:
+        return list(range(len(known))) or [-1]
+    labels = []
+    for name in asked:
+        if name in known:
+            labels.append(list(known).index(name))
+        elif name.isdigit() and int(name) < len(known):
+            labels.append(int(name))
+        else:
+            raise ContractError(
+                f"unknown class {name!r}; this model knows {', '.join(known) or 'no classes'}"
+            )
+    return labels
+
+
+def sample_to_file(
+    store: str,
+    spec: str,
+    output: Path,
+    *,
+    classes: Sequence[str] | None,
+    per_class: int,
+    changes: Mapping[str, Any],
+) -> None:
+    """Write a grid with a row per class.
+
+    Raises:
+        ModelNotFoundError: there is no such model.
+        ContractError: a class or setting that the model cannot do.
+    """
+    opened = Store(store)
+    manifest = find_model(opened, spec)
+    recipe = recipe_of(manifest)
+    model = load_model(opened, manifest, recipe)
+    labels = class_labels(classes, model.classes)
+    sampling = Sampling.model_validate(recipe.sampling.model_dump() | dict(changes))
+    wanted = [label for label in labels for _ in range(per_class)]
+    with Progress() as bar:
+        task = bar.add_task(f"sampling {len(wanted)} pictures")
+        pictures = model.sample(wanted, sampling, on_step=lambda i, n: bar.update(task, completed=i, total=n))
+    names = [model.classes[label] for label in labels if label >= 0]
+    output.write_bytes(labelled_grid(to_uint8(pictures), names, per_class=per_class))
+    Console().print(f"{output}: {len(wanted)} pictures of model {manifest.short}, seed {sampling.seed}")

@@ -1,0 +1,296 @@
+"""The parts of a recipe as typed, frozen values with their limits; `ldm.recipe` reads them from YAML.
+
+No value is an import path (ADR 0004).
+"""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from datasets.config import DatasetConfig
+
+
+class Config(BaseModel):
+    """Base of all configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FirstStageModel(Config):
+    """Network of a first stage (paper Tab. 8, App. G)."""
+
+    kind: Literal["vq", "kl", "identity"]
+    """Regularisation of the latent; `identity` is the pixel baseline, f = 1."""
+    channels: int = Field(128, ge=1)
+    """Width of the first level."""
+    channel_mult: tuple[int, ...] = (1,)
+    """Width of each level as a multiple of `channels`; each level but the first halves the resolution."""
+    num_res_blocks: int = Field(2, ge=1)
+    """Residual blocks per level (the decoder has one more)."""
+    attention_factors: tuple[int, ...] = ()
+    """Downsampling factors at which every block is followed by attention."""
+    mid_attention: bool = True
+    """Attention at the lowest resolution."""
+    z_channels: int = Field(3, ge=1)
+    """Channels between encoder and `quant_conv`."""
+    embed_dim: int = Field(3, ge=1)
+    """Channels of the latent."""
+    num_codes: int | None = Field(None, ge=2)
+    """Size of the codebook |Z|; VQ only."""
+    beta: float = Field(0.25, ge=0)
+    """Weight of the codebook term against the commitment term; VQ only."""
+    norm_groups: int = Field(32, ge=1)
+    """Groups of every GroupNorm."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @property
+    def factor(self) -> int:
+        """f: how many picture pixels make one latent position along each side."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def stored_channels(self) -> int:
+        """Channels a latent shard holds: twice the latent's for KL (mean and log-variance)."""
+        return 2 * self.embed_dim if self.kind == "kl" else self.embed_dim
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Reject what no network can be built from."""
+        if self.kind == "vq" and self.num_codes is None:
+            raise ValueError(
+                "a VQ first stage needs num_codes, the size of its codebook; set model.num_codes"
+            )
+        if self.kind == "identity" and (self.factor != 1 or self.embed_dim != 3):
+            raise ValueError(
+                "an identity first stage has f = 1 and 3 channels; leave channel_mult and embed_dim out"
+            )
+        for mult in self.channel_mult if self.kind != "identity" else ():
+            if self.channels * mult % self.norm_groups:
+                raise ValueError(
+                    f"channels * channel_mult ({self.channels} * {mult}) must be divisible by norm_groups "
+                    f"({self.norm_groups}); choose widths that are multiples of it"
+                )
+        return self
+
+
+class FirstStageLoss(Config):
+    """Objective of a first stage (paper App. G)."""
+
+    perceptual_weight: float = Field(1.0, ge=0)
+    """Weight of LPIPS, added to every pixel's L1 distance."""
+    perceptual_start_images: int = Field(0, ge=0)
+    """Images seen before LPIPS joins in."""
+    adversarial_weight: float = Field(0.75, ge=0)
+    """Factor on the adaptive weight of the generator's adversarial term."""
+    adversarial_start_images: int = Field(0, ge=0)
+    """Images seen before the discriminator joins in."""
+    kl_weight: float = Field(1e-6, ge=0)
+    """Weight of the KL term, which like the reconstruction term is summed over a picture; KL only."""
+    codebook_weight: float = Field(1.0, ge=0)
+    """Weight of the codebook and commitment terms; VQ only."""
+    discriminator_channels: int = Field(64, ge=1)
+    discriminator_layers: int = Field(3, ge=1)
+    discriminator_lr: float | None = Field(None, gt=0)
+    """Learning rate of the discriminator; by default the autoencoder's."""
+    revive_after_images: int = Field(0, ge=0)
+    """A code unused for so many images moves onto a latent of the batch; 0 leaves dead codes dead. VQ only."""
+
+
+class Training(Config):
+    """A training run, counted in images seen."""
+
+    num_images: int = Field(gt=0)
+    """Images seen at the end; steps are num_images / batch_size."""
+    batch_size: int = Field(gt=0)
+    lr: float = Field(gt=0)
+    """Learning rate at its height."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine` falls to a hundredth of `lr` at the end."""
+    warmup_images: int = Field(0, ge=0)
+    """Images over which the learning rate rises from zero."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    """Decay of the averaged weights per step, reached by min(decay, (1 + n) / (10 + n))."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of the gradient; None leaves it alone."""
+    mirror: bool = False
+    """Mirror pictures left to right with probability 1/2."""
+    seed: int = 0
+    picture_every_images: int = Field(50_000, gt=0)
+    """Images between pictures for people to look at."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.num_images // self.batch_size
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """A run has at least one step."""
+        if self.num_steps < 1:
+            raise ValueError(
+                f"num_images ({self.num_images}) must reach one batch ({self.batch_size}); set it higher"
+            )
+        return self
+
+
+class FirstStageRecipe(Config):
+    """One first stage: network, objective, training."""
+
+    name: str
+    description: str = ""
+    model: FirstStageModel
+    loss: FirstStageLoss = FirstStageLoss()
+    training: Training | None = None
+    """None for the identity, which has nothing to train."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Whatever has weights must be trained."""
+        if self.model.kind != "identity" and self.training is None:
+            raise ValueError(f"first stage {self.name!r} has weights, so it needs a `training` section")
+        return self
+
+
+class Encoding(Config):
+    """How the corpus becomes latents."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type of the stored latents."""
+    micro_batch: int = Field(64, gt=0)
+    """Pictures per forward pass, the last one padded; part of the bits."""
+
+
+class UNetConfig(Config):
+    """The denoising UNet (paper Tab. 12 to 15)."""
+
+    in_channels: int = Field(ge=1)
+    out_channels: int = Field(ge=1)
+    model_channels: int = Field(ge=1)
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int = Field(2, ge=1)
+    attention_factors: tuple[int, ...]
+    """Downsampling factors of the latent at which attention follows each block."""
+    head_channels: int | None = Field(None, ge=1)
+    """Channels of a head; give this or num_heads."""
+    num_heads: int | None = Field(None, ge=1)
+    context_dim: int | None = Field(None, ge=1)
+    """Width of the condition's tokens; None builds plain self-attention."""
+    transformer_depth: int = Field(1, ge=1)
+    norm_groups: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Heads are given one way, and widths divide into groups."""
+        if (self.head_channels is None) == (self.num_heads is None):
+            raise ValueError("give exactly one of head_channels and num_heads")
+        for mult in self.channel_mult:
+            if self.model_channels * mult % self.norm_groups:
+                raise ValueError(
+                    f"model_channels * channel_mult ({self.model_channels} * {mult}) must be divisible by "
+                    f"norm_groups ({self.norm_groups})"
+                )
+        return self
+
+
+class ClassConditioning(Config):
+    """One learned token per class (paper Sec. 4.3.1, Tab. 13)."""
+
+    kind: Literal["class_label"]
+    context_dim: int = Field(512, ge=1)
+    drop_rate: float = Field(0.1, ge=0, le=1)
+    """Share of labels replaced by the null class in training, which guidance needs."""
+
+
+class Diffusion(Config):
+    """The forward process and what the UNet predicts (paper App. B, eq. 2)."""
+
+    num_timesteps: int = Field(1000, ge=2)
+    linear_start: float = Field(0.0015, gt=0, lt=1)
+    linear_end: float = Field(0.0195, gt=0, lt=1)
+    """First and last beta; the square roots are spaced evenly."""
+    objective: Literal["eps"] = "eps"
+
+
+class Sampling(Config):
+    """How pictures are drawn."""
+
+    sampler: Literal["ddim"] = "ddim"
+    steps: int = Field(50, ge=1)
+    eta: float = Field(0.0, ge=0)
+    guidance: float = Field(1.0, ge=0)
+    """Classifier-free guidance scale; 1 is none."""
+    micro_batch: int = Field(64, gt=0)
+    """Latents per forward pass, the last one padded; part of the bits."""
+    seed: int = 0
+
+
+class Evaluation(Config):
+    """How a model is scored."""
+
+    num_images: int = Field(400, ge=2)
+    """Pictures in every set: samples, reconstructions, noise decodings, and each half of the real ones."""
+    micro_batch: int = Field(25, gt=0)
+    """Pictures per pass of the FID Inception, the last one padded."""
+    classifier_images: int = Field(60_000, ge=0)
+    """Images the class judge is trained on."""
+    grid_per_class: int = Field(4, ge=1)
+
+
+class Recipe(Config):
+    """One complete run."""
+
+    name: str
+    description: str = ""
+    dataset: DatasetConfig
+    first_stage: FirstStageRecipe
+    encoding: Encoding = Encoding()
+    unet: UNetConfig
+    conditioning: ClassConditioning | None = None
+    diffusion: Diffusion = Diffusion()
+    training: Training
+    sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
+    threads: int = Field(2, ge=1)
+    """Threads of every computation on a CPU; other counts give other last bits, so it is part of what is made."""
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the square latent."""
+        return self.dataset.image_size_px // self.first_stage.model.factor
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the data set."""
+        return len(self.dataset.classes)
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """The parts fit together."""
+        size, factor = self.dataset.image_size_px, self.first_stage.model.factor
+        unet, latent = self.unet, self.first_stage.model.embed_dim
+        require_divisible("dataset.image_size_px", size, factor, "the first stage's f")
+        require_divisible(
+            "the latent's side", size // factor, 2 ** (len(unet.channel_mult) - 1), "the UNet's levels"
+        )
+        if (unet.in_channels, unet.out_channels) != (latent, latent):
+            raise ValueError(
+                f"unet.in_channels and unet.out_channels ({unet.in_channels}, {unet.out_channels}) must equal the "
+                f"latent's channels, first_stage.model.embed_dim ({latent})"
+            )
+        wanted = None if self.conditioning is None else self.conditioning.context_dim
+        if unet.context_dim != wanted:
+            raise ValueError(
+                f"unet.context_dim ({unet.context_dim}) must equal conditioning.context_dim ({wanted})"
+            )
+        return self
+
+
+def require_divisible(what: str, value: int, divisor: int, why: str) -> None:
+    """Raise ValueError with the neighbours that would do, unless `divisor` divides `value`."""
+    if value % divisor:
+        below, above = value // divisor * divisor, -(-value // divisor) * divisor
+        cure = f"use {below} or {above}" if below else f"use {above}"
+        raise ValueError(f"{what} ({value}) must be divisible by {divisor} ({why}); {cure}")

@@ -1,0 +1,36 @@
+"""The errors that ldm raises on purpose.
+
+    LdmError
+    |-- RecipeError         a recipe names something unknown or holds a value out of range
+    |-- ContractError       two artefacts do not fit each other (latents and first stage, shapes, ranges)
+    |-- WeightsError        packaged weights are missing or are not the bytes expected
+    |-- TrainingError       a run cannot go on (loss not finite too often, a checkpoint of another recipe)
+    `-- ModelNotFoundError  no finished model has the name or the key asked for
+
+Every message says the rule, what was received and what to do about it.
+A wrong argument from a caller inside the program stays a plain ValueError.
+"""
+
+
+class LdmError(Exception):
+    """Any failure that ldm foresees; catch this one to catch them all."""
+
+
+class RecipeError(LdmError):
+    """A recipe is not valid: an unknown name, or a value outside its limits."""
+
+
+class ContractError(LdmError):
+    """Two artefacts were put together that do not belong together."""
+
+
+class WeightsError(LdmError):
+    """Packaged weights are missing, or their digest is not the one expected."""
+
+
+class TrainingError(LdmError):
+    """Training had to stop before its end."""
+
+
+class ModelNotFoundError(LdmError):
+    """The model asked for does not exist."""

@@ -1,0 +1,1 @@
+"""Scores of finished models: fidelity of samples, accuracy of conditions, quality of reconstructions."""

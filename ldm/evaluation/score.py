@@ -1,0 +1,195 @@
+"""Scores a model beside its floor, and draws what people look at.
+
+N pictures, H W height and width.
+"""
+
+import io
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.keys import canonical_json
+from datasets.manifest import Manifest
+from datasets.stream import SampleReader
+from ldm.config import Recipe
+from ldm.errors import ContractError
+from ldm.evaluation import fidelity, reconstruction
+from ldm.evaluation.classifier import accuracy, train_classifier
+from ldm.evaluation.sets import SETS, make_set, num_scored, sample_labels
+from ldm.latents import check_contract
+from ldm.pictures import bars, png, side_by_side
+from ldm.stages.stage import Job, Result
+from ldm.stages.train_ldm import MAX_GRID_CLASSES, labelled_grid, load_model
+from ldm.weights import FID_INCEPTION, inception_state
+
+logger = logging.getLogger(__name__)
+MIN_PICTURES = 4
+MAX_JUDGE_PICTURES = 20_000
+
+
+def nchw(images: np.ndarray) -> Tensor:
+    """(N, H, W, 3) uint8 array -> (N, 3, H, W) uint8 tensor."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+
+
+def kept(job: Job, name: str, make: Any) -> np.ndarray:
+    """An array of an earlier attempt, or made now and kept for the next one."""
+    saved = job.work.read(f"{name}.npy")
+    if saved is None:
+        buffer = io.BytesIO()
+        np.save(buffer, make(), allow_pickle=False)
+        saved = buffer.getvalue()
+        job.work.write(f"{name}.npy", saved)
+    return np.load(io.BytesIO(saved), allow_pickle=False)
+
+
+def score(job: Job) -> Result:
+    """Make the sets, extract their features, compare them, judge the classes, and draw what people look at."""
+    recipe = job.recipe
+    held_out = SampleReader(job.store, job.inputs["shards"], split="held_out")
+    count = num_scored(recipe, held_out)
+    if count < MIN_PICTURES:
+        raise ContractError(
+            f"scores need at least {2 * MIN_PICTURES} held-out pictures, the data set has {len(held_out)}; "
+            "raise the held-out share (for a folder: --set dataset.source.held_out_share=0.2)"
+        )
+    contract = check_contract(job.inputs["latents"], recipe, job.inputs["first_stage"])
+    model = load_model(job.store, job.inputs["model"], recipe)
+    total, done = len(SETS) * count * 2, 0
+    pictures, features = {}, {}
+    weights = inception_state(job.store.local_root / "cache")
+    for name in SETS:
+        pictures[name] = kept(
+            job,
+            f"pictures-{name}",
+            lambda name=name: make_set(
+                name,
+                recipe=recipe,
+                model=model,
+                contract=contract,
+                held_out=held_out,
+                on_step=lambda i, n, done=done: job.report.progress(done + i * count // n, total),
+            ),
+        )
+        done += count
+        features[name] = kept(
+            job,
+            f"features-{name}",
+            lambda name=name: fidelity.extract_features(
+                [nchw(pictures[name])],
+                weights_path=weights,
+                micro_batch=recipe.evaluation.micro_batch,
+                progress=lambda i, n, done=done: job.report.progress(done + i, total),
+            ),
+        )
+        done += count
+    scores = compare(pictures, features) | judge(job, pictures["samples"], model.classes, held_out)
+    scores["num_images"] = count
+    job.report.metrics(0, {name: value for name, value in scores.items() if isinstance(value, float)})
+    document = {"scores": scores, "protocol": protocol(recipe, job.inputs, count)}
+    warning = fidelity.bias_warning(count)
+    if warning:
+        logger.warning("%s", warning)
+        document["warning"] = warning
+    files = [job.put("scores.json", canonical_json(document))]
+    for name, picture in draw(pictures, scores, model.classes, recipe).items():
+        job.report.picture(name, 0, picture)
+        files.append(job.put(f"{name}.png", picture))
+    return Result(files=tuple(files), statistics=document)
+
+
+def compare(pictures: dict[str, np.ndarray], features: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Every set's scores against the reference, and reconstructions against their own originals."""
+    prefixes = {"samples": "", "reconstruction": "r", "noise": "noise_", "real": "floor_"}
+    scores = {}
+    for name, prefix in prefixes.items():
+        for metric, value in fidelity.scores(features[name], features["reference"]).items():
+            scores[f"{prefix}{metric}"] = value
+    scores["rfid_same_pictures"] = fidelity.frechet_distance(
+        *(torch.from_numpy(features[name]).double() for name in ("reconstruction", "real"))
+    )
+    return scores | reconstruction.scores([(nchw(pictures["reconstruction"]), nchw(pictures["real"]))])
+
+
+def judge(job: Job, samples: np.ndarray, classes: tuple[str, ...], held_out: SampleReader) -> dict[str, Any]:
+    """Share of samples of the class asked for, by a classifier trained on real pictures, and its own accuracy."""
+    budget = job.recipe.evaluation.classifier_images
+    if len(classes) < 2 or not budget:
+        return {}
+    train = SampleReader(job.store, job.inputs["shards"], split="train")
+    real = train.fetch(range(min(len(train), MAX_JUDGE_PICTURES)))
+    known = real["class_label"] >= 0
+    classifier = train_classifier(
+        nchw(real["image"][known]),
+        torch.from_numpy(real["class_label"][known]),
+        num_classes=len(classes),
+        seed=job.recipe.sampling.seed,
+        num_images=budget,
+    )
+    unseen = held_out.fetch(range(min(len(held_out), MAX_JUDGE_PICTURES)))
+    known = unseen["class_label"] >= 0
+    labels = torch.tensor(sample_labels(len(classes), len(samples)))
+    return {
+        "class_accuracy": accuracy(classifier, nchw(samples), labels),
+        "judge_accuracy": accuracy(
+            classifier, nchw(unseen["image"][known]), torch.from_numpy(unseen["class_label"][known])
+        ),
+    }
+
+
+def protocol(recipe: Recipe, inputs: Mapping[str, Manifest], count: int) -> dict[str, Any]:
+    """What a score depends on besides the model; scores of other protocols are not comparable."""
+    return {
+        "extractor_sha256": FID_INCEPTION.sha256,
+        "resize": "torch-fidelity, TensorFlow 1 bilinear to 299",
+        "codec": "none",
+        "num_images": count,
+        "sampling": recipe.sampling.model_dump(mode="json"),
+        "weights": "ema",
+        "reference": {"key": inputs["shards"].key, "split": "held_out", "half": "second"},
+    }
+
+
+def draw(
+    pictures: dict[str, np.ndarray], scores: dict[str, Any], classes: tuple[str, ...], recipe: Recipe
+) -> dict[str, bytes]:
+    """A grid of samples with a row per class, reconstructions below their originals, and FIDs as bars."""
+    per_class = recipe.evaluation.grid_per_class
+    scale = max(1, 128 // recipe.dataset.image_size_px)
+    fids = {
+        "samples": scores["fid"],
+        "reconstructions (rFID)": scores["rfid"],
+        "decoded noise": scores["noise_fid"],
+    }
+    return {
+        "samples": labelled_grid(
+            by_class(pictures["samples"], len(classes), per_class), classes, per_class=per_class
+        ),
+        "reconstructions": png(
+            side_by_side(pictures["real"][:24], pictures["reconstruction"][:24], columns=12, scale=scale)
+        ),
+        "fid": bars(
+            fids,
+            title=f"Frechet distance to held-out pictures, n = {scores['num_images']}",
+            xlabel="FID, lower is better",
+            floor=scores["floor_fid"],
+            floor_label="two halves of real pictures",
+        ),
+    }
+
+
+def by_class(samples: np.ndarray, num_classes: int, per_class: int) -> np.ndarray:
+    """The first samples of each class, class by class; white where a class has too few."""
+    if not num_classes:
+        return samples[: 8 * per_class]
+    labels = np.array(sample_labels(num_classes, len(samples)))
+    rows = []
+    for label in range(min(num_classes, MAX_GRID_CLASSES)):
+        found = samples[labels == label][:per_class]
+        blank = np.full((per_class - len(found), *samples.shape[1:]), 255, np.uint8)
+        rows.append(np.concatenate([found, blank]))
+    return np.concatenate(rows)

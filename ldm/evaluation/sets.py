@@ -1,0 +1,85 @@
+"""The sets of pictures that are scored, each of n pictures, and what each number between them means.
+
+N pictures, H W height and width. All are (N, H, W, 3) uint8.
+
+    reference        the second half of 2n held-out pictures: what everything is compared with
+    real             the first half: its distance to the reference is the floor, the score of a perfect model
+    reconstruction   the first half through the first stage and back: rFID
+    noise            decodings of Gaussian noise with the latents' moments: what the UNet has to beat
+    samples          the model's
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from datasets.stream import SampleReader
+from ldm.config import Recipe
+from ldm.latents import LatentContract
+from ldm.model import LatentDiffusion
+from ldm.models.first_stage import FirstStage, decode_in_micro_batches
+from ldm.range import from_uint8, to_uint8
+from ldm.training.randomness import generator
+
+SETS = ("reference", "real", "reconstruction", "noise", "samples")
+
+
+def num_scored(recipe: Recipe, held_out: SampleReader) -> int:
+    """n: as many as the recipe asks for, or half of the held-out pictures where there are fewer."""
+    return min(recipe.evaluation.num_images, len(held_out) // 2)
+
+
+def sample_labels(num_classes: int, count: int) -> list[int]:
+    """Labels of the scored samples: every class in turn, or none."""
+    return [i % num_classes if num_classes else -1 for i in range(count)]
+
+
+def reconstruct(first_stage: FirstStage, images: np.ndarray, *, micro_batch: int) -> np.ndarray:
+    """Pictures through the first stage and back, KL by its mean, in padded passes of a fixed size."""
+    parts = []
+    for start in range(0, len(images), micro_batch):
+        x = from_uint8(images[start : start + micro_batch])
+        padded = torch.cat([x, x.new_zeros(micro_batch - len(x), *x.shape[1:])])
+        with torch.no_grad():
+            stored = first_stage.encode(padded.contiguous(memory_format=torch.channels_last))
+            parts.append(to_uint8(first_stage.decode(first_stage.latent(stored, None))[: len(x)]))
+    return np.concatenate(parts)
+
+
+def decode_noise(
+    first_stage: FirstStage,
+    contract: LatentContract,
+    shape: tuple[int, int, int],
+    count: int,
+    *,
+    recipe: Recipe,
+) -> np.ndarray:
+    """Decodings of independent Gaussians with each channel's mean and deviation over the corpus."""
+    noise = torch.randn((count, *shape), generator=generator(recipe.sampling.seed, "noise decodings"))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (contract.mean, contract.std))
+    latents = (noise * std + mean).contiguous(memory_format=torch.channels_last)
+    return to_uint8(decode_in_micro_batches(first_stage, latents, micro_batch=recipe.sampling.micro_batch))
+
+
+def make_set(
+    name: str,
+    *,
+    recipe: Recipe,
+    model: LatentDiffusion,
+    contract: LatentContract,
+    held_out: SampleReader,
+    on_step: Callable[[int, int], None],
+) -> np.ndarray:
+    """The pictures of one of `SETS`."""
+    count = num_scored(recipe, held_out)
+    if name == "samples":
+        labels = sample_labels(len(model.classes), count)
+        return to_uint8(model.sample(labels, recipe.sampling, on_step=on_step))
+    if name == "noise":
+        return decode_noise(model.first_stage, contract, model.latent_shape, count, recipe=recipe)
+    start = count if name == "reference" else 0
+    real = held_out.fetch(range(start, start + count))["image"]
+    if name == "reconstruction":
+        return reconstruct(model.first_stage, real, micro_batch=recipe.sampling.micro_batch)
+    return real

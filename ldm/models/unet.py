@@ -1,0 +1,176 @@
+"""The time-conditional UNet (paper Sec. 3.2, 3.3, App. E.2; Dhariwal & Nichol 2021).
+
+B batch, C channels, h w height and width of the latent, L tokens of the condition, D their width, E width of the time
+embedding (4 * model_channels). Parameter names are those of the published checkpoints.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.config import UNetConfig
+from ldm.models.attention import AttentionBlock, SpatialTransformer, num_heads_of, zero_init
+from ldm.models.autoencoder import to_channels_last
+
+
+def timestep_embedding(t: Tensor, width: int, *, max_period: float = 10_000.0) -> Tensor:
+    """Cosines, then sines of t at geometric frequencies: (B,) -> (B, width), width even."""
+    half = width // 2
+    frequency = torch.exp(
+        -math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+    )
+    angle = t[:, None].float() * frequency[None]  # (B, half)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with the time embedding added between them: (B, C, h, w), (B, E) -> (B, out, h, w)."""
+
+    def __init__(
+        self, channels: int, embedding: int, out_channels: int, *, dropout: float, groups: int
+    ) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Downsample(nn.Module):
+    """Stride-2 3x3 convolution: (B, C, h, w) -> (B, C, h/2, w/2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution: (B, C, h, w) -> (B, C, 2h, 2w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Sequential):
+    """Layers of one UNet position, each given what it takes of features, time embedding and condition."""
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:  # pyright: ignore
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, embedding)
+            elif isinstance(layer, AttentionBlock | SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """eps (or x0, v) of a noisy latent: (B, in, h, w), (B,) time steps, (B, L, D) condition -> (B, out, h, w).
+
+    h and w must be divisible by 2 ** (levels - 1). Last layers of residual branches and the output convolution start
+    at zero.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, embedding = config.model_channels, 4 * config.model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
+        widths = [width * m for m in config.channel_mult]
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, width, 3, padding=1))])
+        skips, channels = [width], width
+        for i, out in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(Stage(*self.block(channels, out, factor=2**i)))
+                channels = out
+                skips.append(channels)
+            if i < len(widths) - 1:
+                self.input_blocks.append(Stage(Downsample(channels)))
+                skips.append(channels)
+        self.middle_block = Stage(
+            self.residual(channels, channels), self.attention(channels), self.residual(channels, channels)
+        )
+        self.output_blocks = nn.ModuleList()
+        for i, out in reversed(list(enumerate(widths))):
+            for j in range(config.num_res_blocks + 1):
+                layers = self.block(channels + skips.pop(), out, factor=2**i)
+                channels = out
+                if i > 0 and j == config.num_res_blocks:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(Stage(*layers))
+        self.out = nn.Sequential(
+            nn.GroupNorm(config.norm_groups, channels),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(channels, config.out_channels, 3, padding=1)),
+        )
+
+    def residual(self, channels: int, out: int) -> ResBlock:
+        """A residual block of this UNet."""
+        config = self.config
+        return ResBlock(
+            channels, 4 * config.model_channels, out, dropout=config.dropout, groups=config.norm_groups
+        )
+
+    def attention(self, channels: int) -> nn.Module:
+        """Self-attention, or a transformer that also attends to the condition when there is one."""
+        config = self.config
+        heads = num_heads_of(channels, head_channels=config.head_channels, num_heads=config.num_heads)
+        if config.context_dim is None:
+            return AttentionBlock(channels, num_heads=heads, groups=config.norm_groups)
+        return SpatialTransformer(
+            channels,
+            context_dim=config.context_dim,
+            num_heads=heads,
+            depth=config.transformer_depth,
+            groups=config.norm_groups,
+        )
+
+    def block(self, channels: int, out: int, *, factor: int) -> list[nn.Module]:
+        """A residual block, and attention behind it at the downsampling factors that ask for it."""
+        layers: list[nn.Module] = [self.residual(channels, out)]
+        if factor in self.config.attention_factors:
+            layers.append(self.attention(out))
+        return layers
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        embedding = self.time_embed(timestep_embedding(t, self.config.model_channels))
+        skips = []
+        for stage in self.input_blocks:
+            x = stage(x, embedding, context)
+            skips.append(x)
+        x = self.middle_block(x, embedding, context)
+        for stage in self.output_blocks:
+            x = stage(torch.cat([x, skips.pop()], dim=1), embedding, context)
+        return self.out(x)
+
+
+def build_unet(config: UNetConfig) -> UNet:
+    """The UNet of a config, channels-last."""
+    unet = UNet(config)
+    to_channels_last(unet)
+    return unet

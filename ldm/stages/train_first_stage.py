@@ -1,0 +1,82 @@
+"""The stage train-first-stage: image shards -> a trained first stage."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors.torch import save
+
+from datasets.keys import canonical_json
+from datasets.manifest import Manifest
+from datasets.stream import SampleReader
+from ldm.config import Recipe
+from ldm.model import WEIGHTS
+from ldm.pictures import curves
+from ldm.stages.stage import Job, Result, Stage
+from ldm.training.first_stage import FirstStageTrainee
+from ldm.training.loop import History, train
+
+MIB = 2**20
+
+
+def what(recipe: Recipe) -> dict[str, Any]:
+    """Network, objective and training."""
+    return {
+        "model": recipe.first_stage.model.model_dump(mode="json"),
+        "loss": recipe.first_stage.loss.model_dump(mode="json"),
+        "training": recipe.first_stage.training.model_dump(mode="json", exclude={"picture_every_images"})
+        if recipe.first_stage.training
+        else None,
+        "threads": recipe.threads,
+    }
+
+
+def need_bytes(recipe: Recipe, inputs: Mapping[str, Manifest]) -> int:
+    """Two checkpoints and the result; a network of 128 channels has some 55 million parameters."""
+    del inputs
+    parameters = 55e6 * (recipe.first_stage.model.channels / 128) ** 2 + 3e6
+    return int(200 * MIB + 2 * 16 * parameters + 8 * parameters)
+
+
+def build(job: Job) -> Result:
+    """Train, then store the averaged and the raw weights with the history of every metric."""
+    if job.recipe.first_stage.training is None:
+        return Result(files=(), statistics={"num_images": 0})
+    shards = job.inputs["shards"]
+    trainee = FirstStageTrainee(
+        job.recipe.first_stage,
+        SampleReader(job.store, shards, split="train"),
+        SampleReader(job.store, shards, split="held_out"),
+    )
+    history = train(trainee, job.work, report=job.report)
+    for name, png in {**trainee.look(), **loss_curves(history)}.items():
+        job.report.picture(name, trainee.training.num_images, png)
+    raw = {name: value.contiguous() for name, value in trainee.model.state_dict().items()}
+    files = (
+        job.put(WEIGHTS, save({name: value.contiguous() for name, value in trainee.ema.averages.items()})),
+        job.put("raw.safetensors", save(raw)),
+        job.put("history.json", canonical_json(history)),
+    )
+    return Result(files=files, statistics=last_values(history) | {"num_parameters": trainee.num_parameters})
+
+
+def loss_curves(history: History) -> dict[str, bytes]:
+    """One plot of every metric whose name starts with "loss", and one of the rest that people ask for."""
+    losses = {
+        name: points for name, points in history.items() if name.startswith(("loss", "reconstruction", "l1"))
+    }
+    return {"loss_curves": curves(losses, title="training losses", ylabel="loss", log_y=True)}
+
+
+def last_values(history: History) -> dict[str, Any]:
+    """The last logged value of every metric."""
+    return {"last": {name: points[-1][1] for name, points in history.items()}}
+
+
+TRAIN_FIRST_STAGE = Stage(
+    name="train-first-stage",
+    code_version=1,
+    inputs={"shards": "download-shards"},
+    what=what,
+    build=build,
+    need_bytes=need_bytes,
+)

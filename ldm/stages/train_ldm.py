@@ -1,0 +1,135 @@
+"""The stage train-ldm: latent shards -> a trained UNet and conditioning encoder."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+
+from datasets.keys import canonical_json
+from datasets.manifest import Manifest
+from datasets.store import Store
+from datasets.stream import SampleReader
+from ldm.config import Recipe
+from ldm.latents import check_contract, check_moments
+from ldm.model import WEIGHTS, Denoising, LatentDiffusion, assemble, build_denoising, load_first_stage
+from ldm.pictures import grid, png
+from ldm.range import to_uint8
+from ldm.stages.stage import Job, Result, Stage
+from ldm.stages.train_first_stage import last_values, loss_curves
+from ldm.training.diffusion import DiffusionTrainee
+from ldm.training.loop import train
+
+MIB = 2**20
+MOMENT_SAMPLES = 512
+MAX_GRID_CLASSES = 15
+LOOK_STEPS = 10
+
+
+def what(recipe: Recipe) -> dict[str, Any]:
+    """Networks, forward process and training."""
+    return {
+        "unet": recipe.unet.model_dump(mode="json"),
+        "conditioning": recipe.conditioning.model_dump(mode="json") if recipe.conditioning else None,
+        "diffusion": recipe.diffusion.model_dump(mode="json"),
+        "training": recipe.training.model_dump(mode="json", exclude={"picture_every_images"}),
+        "threads": recipe.threads,
+    }
+
+
+def need_bytes(recipe: Recipe, inputs: Mapping[str, Manifest]) -> int:
+    """Two checkpoints of weights, averages and two Adam moments, and the result."""
+    del inputs
+    with torch.device("meta"):
+        parameters = sum(
+            p.numel() for p in build_denoising(recipe, num_classes=max(recipe.num_classes, 1)).parameters()
+        )
+    return 100 * MIB + 2 * 16 * parameters + 8 * parameters
+
+
+def build(job: Job) -> Result:
+    """Check the latents against their contract, train, store the averaged and the raw weights."""
+    recipe, latents = job.recipe, job.inputs["latents"]
+    contract = check_contract(latents, recipe, job.inputs["first_stage"])
+    first_stage = load_first_stage(job.store, job.inputs["first_stage"])
+    reader = SampleReader(job.store, latents, split="train")
+    first = reader.fetch(range(min(MOMENT_SAMPLES, len(reader))))["latent"]
+    check_moments(torch.from_numpy(first), first_stage, contract)
+    classes = latents.content.statistics["classes"]
+
+    def look(networks: Denoising) -> dict[str, bytes]:
+        model = assemble(recipe, networks, first_stage, scale=contract.scale, classes=classes)
+        return {"samples": sample_grid(model, recipe, per_class=2, steps=LOOK_STEPS)}
+
+    trainee = DiffusionTrainee(recipe, reader, contract, first_stage, num_classes=len(classes), look=look)
+    history = train(trainee, job.work, report=job.report)
+    for name, picture in {**trainee.look(), **loss_curves(history)}.items():
+        job.report.picture(name, recipe.training.num_images, picture)
+    raw = {name: value.contiguous() for name, value in trainee.networks.state_dict().items()}
+    files = (
+        job.put(WEIGHTS, save({name: value.contiguous() for name, value in trainee.ema.averages.items()})),
+        job.put("raw.safetensors", save(raw)),
+        job.put("history.json", canonical_json(history)),
+    )
+    parameters = sum(p.numel() for p in trainee.networks.parameters())
+    return Result(
+        files=files,
+        statistics=last_values(history)
+        | {"num_parameters": parameters, "scale": contract.scale, "classes": list(classes)},
+    )
+
+
+def grid_labels(num_classes: int, *, per_class: int) -> list[int]:
+    """Labels of a grid with one row per class: the first classes, `per_class` times each; -1 without classes."""
+    if num_classes == 0:
+        return [-1] * per_class * 4
+    return [label for label in range(min(num_classes, MAX_GRID_CLASSES)) for _ in range(per_class)]
+
+
+def sample_grid(model: LatentDiffusion, recipe: Recipe, *, per_class: int, steps: int | None = None) -> bytes:
+    """PNG of samples, a row for each class."""
+    labels = grid_labels(len(model.classes), per_class=per_class)
+    sampling = recipe.sampling.model_copy(
+        update={"micro_batch": len(labels), "steps": steps or recipe.sampling.steps}
+    )
+    images = to_uint8(model.sample(labels, sampling))
+    return labelled_grid(images, model.classes, per_class=per_class)
+
+
+def labelled_grid(images: np.ndarray, classes: Sequence[str], *, per_class: int) -> bytes:
+    """PNG of pictures (N, H, W, 3), `per_class` to a row, rows named by class."""
+    rows = classes[: len(images) // per_class] if classes else ()
+    scale = max(1, 128 // images.shape[1])
+    return png(grid(images, columns=per_class, scale=scale, row_labels=rows))
+
+
+def load_model(store: Store, manifest: Manifest, recipe: Recipe) -> LatentDiffusion:
+    """The model of an artifact, with its averaged weights, in evaluation mode."""
+    parent = manifest.content.parents["first_stage"]
+    first_stage = store.find(parent.stage, parent.key)
+    if first_stage is None:
+        raise FileNotFoundError(
+            f"the first stage {parent.key[:12]} of model {manifest.short} is not in {store.uri}"
+        )
+    classes = manifest.content.statistics["classes"]
+    networks = build_denoising(recipe, num_classes=len(classes))
+    networks.load_state_dict(load(store.read(manifest, WEIGHTS)))
+    networks.eval().requires_grad_(False)
+    return assemble(
+        recipe,
+        networks,
+        load_first_stage(store, first_stage),
+        scale=manifest.content.statistics["scale"],
+        classes=classes,
+    )
+
+
+TRAIN_LDM = Stage(
+    name="train-ldm",
+    code_version=1,
+    inputs={"latents": "encode-latents", "first_stage": "train-first-stage"},
+    what=what,
+    build=build,
+    need_bytes=need_bytes,
+)

@@ -1,0 +1,228 @@
+"""Laws of shards: reproducible bytes, lossless round trips, and a reader that trusts nothing."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datasets.errors import CorruptionError
+from datasets.keys import sha256_hex
+from datasets.samples import (
+    decode_image,
+    decode_latent,
+    decode_png,
+    encode_image,
+    encode_latent,
+    encode_png,
+)
+from datasets.shards import EXTENSIONS, read_shard, write_shard
+
+SAMPLES = [
+    {"__key__": f"{i:09d}", "png": bytes([i]) * 600 * i, "json": b'{"class_label":%d}' % i} for i in range(7)
+]
+
+
+def tar_of(*members: tuple[str, bytes], **changed) -> bytes:
+    """A tar as somebody else may have written it."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for field, value in changed.items():
+                setattr(info, field, value)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+keys = st.text("abcXYZ019_-=+", min_size=1, max_size=9).filter(lambda key: key[0].isalnum())
+bodies = st.dictionaries(st.sampled_from(sorted(EXTENSIONS)), st.binary(max_size=1500), min_size=1)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.dictionaries(keys, bodies, max_size=6))
+def test_what_is_written_is_read_in_order(named: dict[str, dict[str, bytes]]) -> None:
+    samples = [{"__key__": key, **body} for key, body in named.items()]
+    assert list(read_shard(write_shard(samples))) == samples
+
+
+def test_equal_samples_give_equal_bytes_at_another_time(monkeypatch) -> None:
+    first = write_shard(SAMPLES)
+    later = time.time() + 86400 * 400
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert write_shard(SAMPLES) == first
+
+
+def test_the_order_of_members_in_a_sample_does_not_matter() -> None:
+    turned = [dict(reversed(sample.items())) for sample in SAMPLES]
+    assert write_shard(turned) == write_shard(SAMPLES)
+
+
+def test_a_shards_bytes_are_the_same_in_every_version() -> None:
+    # PYTHONPATH=tests/unit:. python -c "from test_shards import *; print(sha256_hex(write_shard(SAMPLES)))"
+    assert (
+        sha256_hex(write_shard(SAMPLES)) == "8da1cb3ac398f5c2278ebd125eb5bf0f5290fb8d5f0bc7a5267bf45b88b1199e"
+    )
+
+
+def test_the_members_tell_nothing_of_who_wrote_them() -> None:
+    with tarfile.open(fileobj=io.BytesIO(write_shard(SAMPLES))) as archive:
+        facts = {(m.uid, m.gid, m.uname, m.gname, m.mode, m.mtime) for m in archive}
+    assert facts == {(0, 0, "ldm", "ldm", 0o444, 0)}
+
+
+def test_webdataset_reads_the_shards_alike() -> None:
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    opened = [{"url": "shard.tar", "stream": io.BytesIO(write_shard(SAMPLES))}]
+    read = list(group_by_keys(tar_file_expander(opened)))
+    assert read == [{**sample, "__url__": "shard.tar"} for sample in SAMPLES]
+
+
+def test_a_shard_cut_anywhere_is_refused() -> None:
+    shard = write_shard(SAMPLES[:3])
+    with tarfile.open(fileobj=io.BytesIO(shard)) as archive:
+        last = archive.getmembers()[-1]
+    end = last.offset_data + -(-last.size // 512) * 512
+    cuts = {*range(0, end + 1024, 512), *range(1, end + 1024, 97)}
+    for cut in cuts:
+        with pytest.raises(CorruptionError, match="store the shard again"):
+            list(read_shard(shard[:cut]))
+
+
+def test_a_damaged_header_is_refused_and_not_taken_for_the_end() -> None:
+    shard = write_shard(SAMPLES)
+    with tarfile.open(fileobj=io.BytesIO(shard)) as archive:
+        offsets = [member.offset for member in archive]
+    for offset in offsets:
+        damaged = shard[: offset + 5] + bytes([shard[offset + 5] ^ 4]) + shard[offset + 6 :]
+        with pytest.raises(CorruptionError):
+            list(read_shard(damaged))
+
+
+def test_bytes_after_the_end_are_refused() -> None:
+    with pytest.raises(CorruptionError, match="zero blocks after its last member"):
+        list(read_shard(write_shard(SAMPLES) + b"x"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.png", "/etc/x.png", "a/x.png", "x.pickle", "x.pyd", "x.pth", "x.tar.png", "x", ".png", "x.PNG"],
+)
+def test_members_that_are_not_plain_data_are_refused(name: str) -> None:
+    with pytest.raises(CorruptionError, match=r"may hold plain files named key\.extension"):
+        list(read_shard(tar_of((name, b"data"))))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
+def test_links_folders_and_devices_are_refused(kind: bytes) -> None:
+    with pytest.raises(CorruptionError, match="may hold plain files"):
+        list(read_shard(tar_of(("x.png", b""), type=kind, linkname="/etc/passwd")))
+
+
+def test_a_compressed_tar_is_refused() -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz"):
+        pass
+    with pytest.raises(CorruptionError, match="must be a plain tar"):
+        list(read_shard(buffer.getvalue()))
+
+
+def test_a_sample_or_member_that_comes_twice_is_refused() -> None:
+    with pytest.raises(CorruptionError, match=r"got a\.png twice"):
+        list(read_shard(tar_of(("a.png", b"1"), ("a.png", b"2"))))
+    with pytest.raises(CorruptionError, match="got 'a' twice"):
+        list(read_shard(tar_of(("a.png", b"1"), ("b.png", b"2"), ("a.json", b"3"))))
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([{"__key__": "a/b", "png": b""}], "key must be a word"),
+        ([{"__key__": "a.b", "png": b""}], "key must be a word"),
+        ([{"png": b""}], "key must be a word"),
+        ([{"__key__": "a", "png": b""}, {"__key__": "a", "png": b""}], "distinct, got 'a' twice"),
+        ([{"__key__": "a", "pickle": b""}], r"has \['pickle'\]"),
+        ([{"__key__": "a"}], r"has \[\]"),
+        ([{"__key__": "a", "txt": "text"}], r"a\.txt is str; encode it first"),
+    ],
+)
+def test_samples_that_could_not_be_read_back_are_not_written(samples: list[dict], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_shard(samples)
+
+
+def picture(seed: int = 0, size_px: int = 9) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size_px, size_px + 1, 3), np.uint8)
+
+
+def test_a_picture_survives_its_sample_bit_for_bit() -> None:
+    image, about = decode_image(encode_image("a", picture(), about={"class_label": 3, "caption": "\u00e9"}))
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, picture())
+    assert about == {"class_label": 3, "caption": "\u00e9"}
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f2", ">f4"])
+def test_a_latent_survives_its_sample_bit_for_bit(dtype: str) -> None:
+    latent = np.random.default_rng(0).standard_normal((8, 5, 6)).astype(dtype)
+    stored, about = decode_latent(encode_latent("a", latent.transpose(0, 2, 1), about={}))
+    assert stored.dtype == np.dtype(dtype).newbyteorder("<")
+    np.testing.assert_array_equal(stored, latent.transpose(0, 2, 1))
+    assert about == {}
+
+
+def test_samples_of_equal_values_are_equal_bytes() -> None:
+    latent = np.ones((2, 3, 4), np.float32)
+    assert encode_latent("a", latent, about={}) == encode_latent("a", np.asfortranarray(latent), about={})
+    assert encode_png(picture()) == encode_png(picture()[:, ::-1][:, ::-1])
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((2, 2), np.uint8), np.zeros((2, 2, 4), np.uint8), np.zeros((2, 2, 3), np.float32)]
+)
+def test_only_rgb_bytes_are_pictures(image: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="picture must be uint8"):
+        encode_png(image)
+
+
+@pytest.mark.parametrize(
+    "latent", [np.zeros((2, 2)), np.zeros((2, 2), np.float32), np.full((1, 2, 2), np.nan, np.float32)]
+)
+def test_only_finite_single_or_half_floats_are_latents(latent: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="latent must be finite float32 or float16"):
+        encode_latent("a", latent, about={})
+
+
+def test_a_pickled_array_is_refused_unread() -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(CorruptionError, match="latent a must be a plain npy"):
+        decode_latent({"__key__": "a", "npy": buffer.getvalue(), "json": b"{}"})
+
+
+def test_a_damaged_picture_is_refused() -> None:
+    data = encode_png(picture(size_px=40))
+    for damaged in (b"", b"GIF89a", data[:60], data[: len(data) // 2]):
+        with pytest.raises(CorruptionError, match="must be stored as RGB PNG"):
+            decode_png(damaged)
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"json": b"{}"}, r"must have a member 'png', has \['json'\]"),
+        ({"png": encode_png(picture())}, r"must have a member 'json', has \['png'\]"),
+        ({"png": encode_png(picture()), "json": b"["}, r"a\.json must be JSON"),
+        ({"png": encode_png(picture()), "json": b"[]"}, r"a\.json must be an object, got list"),
+    ],
+)
+def test_an_incomplete_sample_is_refused(sample: dict, message: str) -> None:
+    with pytest.raises(CorruptionError, match=message):
+        decode_image({"__key__": "a", **sample})
