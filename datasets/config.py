@@ -167,7 +167,7 @@ def load_dataset(name_or_path: str, *, overrides: Mapping[str, Any] | None = Non
         )
     document = _read_yaml(path)
     if is_path:
-        _anchor_root(document, path.parent)
+        anchor_paths(document, path.parent)
     return parse_dataset(_merged(document, overrides or {}), where=str(name_or_path))
 
 
@@ -208,7 +208,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
-def _anchor_root(document: dict[str, Any], base: Path) -> None:
+def anchor_paths(document: dict[str, Any], base: Path) -> None:
     """Make relative paths in a user's YAML start at the YAML, so that they mean the same from anywhere."""
     source = document.get("source")
     places = [(document, "root")]

@@ -131,7 +131,7 @@ class DecodedShard:
 def _class_label(about: Mapping[str, Any], record: FileRecord) -> int:
     """Return the class of a sample, ``UNLABELLED`` when it states none."""
     label = about.get("class_label")
-    if label is None:
+    if label is None or label == UNLABELLED:
         return UNLABELLED
     if not isinstance(label, int) or label < 0:
         raise CorruptionError(

@@ -1,1 +1,1 @@
-"""Prefect flows: each stage a flow of its own name and module, chained by `reproduce`; and the console script `ldm`."""
+"""Prefect flows: each stage one of its own name and module, and their chain `reproduce`; the script `ldm`."""

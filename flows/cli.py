@@ -3,11 +3,13 @@
 Imports inside the commands keep `ldm --help` instant.
 """
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
+from cyclopts.validators import Number
 
 EXIT_REFUSED = 2
 
@@ -15,9 +17,10 @@ app = App(
     name="ldm",
     help=(
         "Train latent diffusion models: download, first stage, latents, UNet, scores.\n\n"
-        "`ldm reproduce demo` runs everything on real pictures; each stage is also a verb of its own and reuses what "
-        "the store already has. `ldm recipes` lists the runs that come with the package; a recipe is a YAML, and any "
-        "value of it can be set from here: `ldm train-ldm demo --set training.num_images=20000`."
+        "`ldm reproduce demo` runs everything on real pictures; each stage is also a verb of its own "
+        "and reuses what the store already has. `ldm recipes` lists the runs that come with the package; "
+        "a recipe is a YAML, and any value of it can be set from here: "
+        "`ldm train-ldm demo --set training.num_images=20000`."
     ),
     version_flags=[],
 )
@@ -40,20 +43,29 @@ DEFAULT_STORE = "./artifacts"
 
 
 def run_flow(name: str, recipe: str, overrides: list[str] | None, store: str, **more: object) -> None:
-    """Check the request, then run a flow and print what it made."""
+    """Check the request, then run a flow and print what it made.
+
+    What is slow to import comes after the checks: torch after the recipe's, Prefect after all of them.
+    """
     from datasets.store import Store
     from flows.local import use_local_services
-
-    use_local_services(Store(store).local_root)
-    from flows.request import Request
-    from flows.summary import print_summary
+    from ldm.recipe import load_recipe
 
     model, build = more.get("model"), bool(more.get("build", True))
+    load_recipe(recipe, overrides or [])
+    use_local_services(Store(store).local_root)
+    from flows.request import Request
+
     request = Request.resolve(
         recipe, overrides or [], store, build=build, model=model if isinstance(model, str) else None
     )
+    from flows.console import tell_errors_once
+    from flows.guardian import guard_this_run
     from flows.registry import FLOWS
+    from flows.summary import print_summary
 
+    guard_this_run()
+    tell_errors_once()
     outcome = FLOWS[name](recipe, overrides, store, **more)
     print_summary(request, outcome if isinstance(outcome, list) else [outcome])
 
@@ -132,7 +144,7 @@ def sample(
             help="Class names or numbers, one row each; all classes by default.", consume_multiple=True
         ),
     ] = None,
-    per_class: Annotated[int, Parameter(help="Pictures per row.")] = 4,
+    per_class: Annotated[int, Parameter(help="Pictures per row.", validator=Number(gte=1))] = 4,
     seed: Annotated[int | None, Parameter(help="Seed of the noise; the recipe's by default.")] = None,
     steps: Annotated[int | None, Parameter(help="DDIM steps; the recipe's by default.")] = None,
     guidance: Annotated[
@@ -184,7 +196,7 @@ def logs(
         str | None, Parameter(help="A stage's name; the stage that ran last by default.")
     ] = None,
     *,
-    lines: Annotated[int, Parameter(help="How many of the last lines.")] = 50,
+    lines: Annotated[int, Parameter(help="How many of the last lines.", validator=Number(gte=1))] = 50,
     store: StoreUri = DEFAULT_STORE,
 ) -> None:
     """Print the last lines of a stage's log."""
@@ -198,8 +210,12 @@ def main() -> None:
     from datasets.errors import DatasetsError
     from ldm.errors import LdmError
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that exit handlers run
     try:
-        app()
+        app(sys.argv[1:])
     except (DatasetsError, LdmError) as error:
         print(f"ldm: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)
+    except KeyboardInterrupt:
+        print("ldm: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -24,8 +24,8 @@ def evaluate(
         set: overrides, `key=value` each.
         store: URI of the artifact store.
         build: whether missing inputs are built.
-        model: a registered model (`name@alias`, or an alias of this recipe's model); the recipe it was trained by is
-            used, and it is never built.
+        model: a registered model (`name@alias`, or an alias of this recipe's model); the recipe it was
+            trained by is used, and it is never built.
     """
     request = Request.resolve(recipe, set or [], store, build=build and model is None, model=model)
     request.need(train_ldm.STAGE, lambda: train_ldm.train_ldm(recipe, set, store))

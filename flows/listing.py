@@ -1,10 +1,11 @@
 """What exists, what runs, what it said: the tables of `ldm list`, `status`, `logs` and `recipes`."""
 
 import json
-import time
 from pathlib import Path
+from typing import Any
 
 import psutil
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -13,7 +14,10 @@ from datasets.store import Store
 from flows.progress import status_folder
 from ldm.recipe import RECIPES, load_recipe, recipe_names
 
-STALE_S = 60.0
+KEY_DIGITS = 8
+NUMBERS = {"progress", "images/s", "wall s", "CPU s", "MB"}
+CLOCK_S = 5.0
+"""How far apart two readings of one process's start may be: the system's idea of it moves with the clock."""
 
 
 def print_recipes() -> None:
@@ -31,49 +35,79 @@ def print_recipes() -> None:
 def print_artifacts(store: str) -> None:
     """A line per artifact."""
     opened = Store(store)
-    table = Table("stage", "key", "recipe", "made", "wall s", "CPU s", "MB", "made of", title=opened.uri)
+    table = narrow(
+        "stage", "key", "recipe", "made", "wall s", "CPU s", "MB", wrapping="made of", title=opened.uri
+    )
     for m in sorted(opened.manifests(), key=lambda m: str(m.provenance.get("made", ""))):
         p = m.provenance
-        parents = ", ".join(f"{role} {parent.key[:12]}" for role, parent in m.content.parents.items())
         table.add_row(
             m.stage,
-            m.short,
+            m.key[:KEY_DIGITS],
             str(p.get("recipe", {}).get("name", "")),
-            str(p.get("made", "")),
+            str(p.get("made", ""))[5:16].replace("T", " "),
             f"{p.get('wall_s', 0):,.0f}",
             f"{p.get('cpu_s', 0):,.0f}",
             f"{m.num_bytes / 1e6:,.1f}",
-            parents,
+            " ".join(sorted(parent.key[:KEY_DIGITS] for parent in m.content.parents.values())),
         )
-    Console().print(table)
+    show(table, empty=f"no artifacts in {opened.uri}; `ldm reproduce demo` makes some")
 
 
 def print_status(store: str) -> None:
     """A line per piece of work that was started."""
-    table = Table("stage", "key", "state", "progress", "images/s", "wall s", "CPU s", title="work")
-    for path in sorted(status_folder(Store(store)).glob("*.json"), key=lambda path: path.stat().st_mtime):
+    opened = Store(store)
+    table = narrow(
+        "stage",
+        "key",
+        "progress",
+        "images/s",
+        "wall s",
+        "CPU s",
+        wrapping="state",
+        title=f"work in {opened.uri}",
+    )
+    for path in sorted(status_folder(opened).glob("*.json"), key=lambda path: path.stat().st_mtime):
         status = json.loads(path.read_text("utf-8"))
-        share = f"{status['done']:,} of {status['total']:,}" if status["total"] else ""
         table.add_row(
             status["stage"],
-            status["key"][:12],
-            state_of(status),
-            share,
+            status["key"][:KEY_DIGITS],
+            f"{status['done']:,} of {status['total']:,}" if status["total"] else "",
             f"{status['images_per_s']:.1f}",
             f"{status['wall_s']:,.0f}",
             f"{status['cpu_s']:,.0f}",
+            state_of(status),
         )
-    Console().print(table)
+    show(table, empty=f"nothing was started in {opened.uri} yet; `ldm reproduce demo` is a beginning")
 
 
-def state_of(status: dict[str, object]) -> str:
+def narrow(*columns: str, wrapping: str, title: str) -> Table:
+    """A table that fits 80 characters: only the last column, `wrapping`, breaks its lines."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
+    for name in columns:
+        table.add_column(name, no_wrap=True, justify="right" if name in NUMBERS else "left")
+    table.add_column(wrapping)
+    return table
+
+
+def show(table: Table, *, empty: str) -> None:
+    """Print a table, or what to say when it has no rows."""
+    Console().print(table if table.row_count else empty, soft_wrap=not table.row_count)
+
+
+def state_of(status: dict[str, Any]) -> str:
     """The state a status file claims, unless its process is gone."""
-    alive = (
-        psutil.pid_exists(int(str(status["pid"]))) and time.time() - float(str(status["updated"])) < STALE_S
-    )
-    if status["state"] == "running" and not alive:
+    if status["state"] == "running" and not is_alive(status):
         return "cut off; run the same command to continue"
     return str(status["state"])
+
+
+def is_alive(status: dict[str, Any]) -> bool:
+    """Whether the process that wrote a status file runs; a later one of the same number is another."""
+    try:
+        started = psutil.Process(status["pid"]).create_time()
+    except psutil.NoSuchProcess:
+        return False
+    return abs(started - status["process_started"]) < CLOCK_S
 
 
 def print_log(store: str, stage: str | None, lines: int) -> None:

@@ -18,8 +18,12 @@ def use_local_services(local_root: Path) -> None:
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "datasets,ldm,flows",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # lines of background threads have no flow run
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         "DO_NOT_TRACK": "1",
+        # Threads that wait for each other sleep instead of spinning: on a busy machine spinning costs 3 times
+        # the CPU time of the work (read by libgomp when torch is imported).
+        "OMP_WAIT_POLICY": "passive",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

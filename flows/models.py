@@ -1,16 +1,20 @@
 """Finds a trained model by what people call it, and the recipe it was trained by."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets.manifest import Manifest
 from datasets.store import Store
 from ldm.config import Recipe
-from ldm.errors import ModelNotFoundError
-from ldm.recipe import merge, parse_override, parse_recipe
+from ldm.errors import ModelNotFoundError, RecipeError
+from ldm.recipe import load_recipe, merge, parse_override, parse_recipe
 from ldm.tracking import Tracker, tracking_uri
 
 TRAIN_LDM = "train-ldm"
+KEY_DIGITS = re.compile(r"[0-9a-f]{6,64}")
+AFTER_TRAINING = {"evaluation", "sampling"}
+"""Sections of a recipe that say nothing about how a model was made."""
 
 
 def open_tracker(store: Store) -> Tracker:
@@ -25,10 +29,10 @@ def find_model(store: Store, spec: str) -> Manifest:
         ModelNotFoundError: there is none; the message names those there are.
     """
     models = store.manifests(TRAIN_LDM)
-    by_key = [m for m in models if len(spec) >= 6 and m.key.startswith(spec)]
+    by_key = [m for m in models if KEY_DIGITS.fullmatch(spec) and m.key.startswith(spec)]
     if len(by_key) == 1:
         return by_key[0]
-    version = open_tracker(store).resolve_model(spec)
+    version = open_tracker(store).resolve_model(spec) if models else None
     for manifest in models:
         if version is not None and manifest.digest == version["digest"]:
             return manifest
@@ -38,20 +42,52 @@ def find_model(store: Store, spec: str) -> Manifest:
     )
 
 
+def find_model_of(store: Store, recipe: str, spec: str) -> Manifest:
+    """Like `find_model`; `spec` may also be a bare alias such as `candidate`, of that recipe's own model.
+
+    Raises:
+        ModelNotFoundError: there is none; the message names those there are.
+    """
+    is_alias = "@" not in spec and not spec.startswith("ldm-") and not KEY_DIGITS.fullmatch(spec)
+    return find_model(store, f"ldm-{load_recipe(recipe).name}@{spec}" if is_alias else spec)
+
+
+def ancestry(store: Store, manifest: Manifest) -> dict[str, Manifest]:
+    """An artifact and all it was made of, by stage.
+
+    Raises:
+        ModelNotFoundError: one of them is no longer in the store.
+    """
+    found = {manifest.stage: manifest}
+    for role, parent in manifest.content.parents.items():
+        above = store.find(parent.stage, parent.key)
+        if above is None:
+            raise ModelNotFoundError(
+                f"a model needs all it was made of, but the {role} of {manifest.stage} {manifest.short}, "
+                f"{parent.stage} {parent.key[:12]}, is not in {store.uri}; train the model again"
+            )
+        found |= ancestry(store, above)
+    return found
+
+
 def stored_recipe(model: Manifest) -> Mapping[str, Any]:
     """The resolved recipe that a model was made by, as plain values."""
     return model.provenance.get("recipe", {})
 
 
 def recipe_of(model: Manifest, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe a model was made by, with overrides for what comes after training."""
+    """The recipe a model was made by, with overrides for what comes after training.
+
+    Raises:
+        RecipeError: an override of what training has fixed, or a value that breaks a rule.
+    """
     raw = dict(stored_recipe(model))
     for override in overrides:
-        raw = merge(raw, parse_override(override))
+        value = parse_override(override)
+        if not set(value) <= AFTER_TRAINING:
+            raise RecipeError(
+                f"of a trained model only {' and '.join(sorted(AFTER_TRAINING))} can be set, "
+                f"got {override!r}; leave it out, or train another model"
+            )
+        raw = merge(raw, value)
     return parse_recipe(raw, source=f"of model {model.short}")
-
-
-def recipe_of_model(store: Store, recipe: str, model: str, overrides: Sequence[str]) -> Recipe:
-    """The recipe of `model`, which may be just an alias such as `candidate` of the recipe's own model."""
-    spec = model if "@" in model or model.startswith("ldm-") else f"ldm-{recipe}@{model}"
-    return recipe_of(find_model(store, spec), overrides)

@@ -1,18 +1,73 @@
-"""Checks that cost nothing and spare hours: what a run needs is there before it starts."""
+"""Checks that cost little and spare hours: what a run needs is there before it starts."""
 
-from datasets.image_shards import plan_list
+from functools import lru_cache
+from pathlib import Path
+
+from datasets.config import DatasetConfig, Folder
+from datasets.image_shards import STAGE as DOWNLOAD_SHARDS
+from datasets.image_shards import image_shards_key
+from datasets.manifest import Manifest
+from datasets.store import Store
+from datasets.url_list import ListPlan, UrlList, plan_list
 from ldm.config import Recipe
+from ldm.errors import RecipeError
+from ldm.evaluation.sets import MIN_SCORED
 from ldm.weights import FID_INCEPTION, VGG16_LPIPS, locate
 
 
-def preflight(recipe: Recipe) -> None:
-    """Raise the error that a later stage would raise hours from now.
+@lru_cache(maxsize=4)
+def planned_list(dataset: DatasetConfig) -> ListPlan:
+    """The plan of a data set's list, made once in a process: every stage of a run sees the same pictures.
 
     Raises:
         MissingDataError: the pictures are not where the data set says.
-        WeightsError: a package with weights is missing.
+        ConfigError: the classes named do not fit the pictures.
     """
-    plan_list(recipe.dataset)
-    if recipe.first_stage.loss.perceptual_weight > 0:
+    return plan_list(dataset)
+
+
+def find_shards(store: Store, dataset: DatasetConfig) -> Manifest | None:
+    """The image shards of a data set, when the store has them; nothing is painted, served or fetched."""
+    url_list = planned_list(dataset).find(store)
+    return store.find(DOWNLOAD_SHARDS, image_shards_key(dataset, url_list)) if url_list else None
+
+
+def check_data(recipe: Recipe) -> None:
+    """Refuse a recipe whose pictures are missing or do not suit it.
+
+    Raises:
+        MissingDataError: the pictures are not where the data set says.
+        ConfigError: the classes named do not fit the pictures.
+        RecipeError: a conditional model of pictures without classes, or too few pictures to score with.
+    """
+    plan = planned_list(recipe.dataset)
+    if isinstance(recipe.dataset.source, Folder):
+        check_pictures(recipe, plan.make(Path()))  # a folder's list is in its plan; nothing is made
+
+
+def check_pictures(recipe: Recipe, pictures: UrlList) -> None:
+    """Refuse pictures that training or scoring would refuse hours later."""
+    if recipe.conditioning is not None and not pictures.classes:
+        raise RecipeError(
+            f"conditioning {recipe.conditioning.kind!r} needs classes, but the pictures of "
+            f"{recipe.dataset.name} have none; put them into one folder per class, or set "
+            "conditioning: null, unet: {context_dim: null} and sampling: {guidance: 1}"
+        )
+    held_out = sum(row.split == "held_out" for row in pictures.rows)
+    if held_out < 2 * MIN_SCORED:
+        raise RecipeError(
+            f"scores need at least {2 * MIN_SCORED} held-out pictures, but of the {len(pictures.rows)} of "
+            f"{recipe.dataset.name} {held_out} are held out; bring more, or raise held_out_share "
+            "(--set dataset.source.held_out_share=0.2)"
+        )
+
+
+def check_weights(recipe: Recipe) -> None:
+    """Refuse to start without the packages whose weights a recipe uses.
+
+    Raises:
+        WeightsError: such a package is missing.
+    """
+    if recipe.first_stage.training is not None and recipe.first_stage.loss.perceptual_weight > 0:
         locate(VGG16_LPIPS)
     locate(FID_INCEPTION)

@@ -13,10 +13,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
-from datasets.image_shards import build_image_shards, plan_list
+from datasets.image_shards import build_image_shards
 from datasets.manifest import Manifest
+from flows.console import show_own_logs
 from flows.models import open_tracker
 from flows.pages import publish
+from flows.preflight import planned_list
 from flows.progress import StageReport
 from flows.request import DOWNLOAD_SHARDS, Request
 from ldm.config import Recipe
@@ -27,6 +29,8 @@ from ldm.tracked_run import TrackedRun
 logger = logging.getLogger(__name__)
 PARENT_RUN: ContextVar[str | None] = ContextVar("PARENT_RUN", default=None)
 """MLflow run under which the stages of `reproduce` are shown."""
+RUN_FILE = "mlflow.json"
+"""Names the MLflow run of an unfinished attempt, in its work area."""
 REGISTERED = {"train-first-stage": "first-stage-{recipe.first_stage.name}", "train-ldm": "ldm-{recipe.name}"}
 
 
@@ -64,6 +68,7 @@ def receipt_of(request: Request, manifest: Manifest, *, reused: bool) -> Receipt
 
 def produce(request: Request, stage: str) -> Receipt:
     """The artifact of a stage whose inputs are there: reused if it exists, made otherwise."""
+    show_own_logs()
     manifest = request.find(stage)
     reused = manifest is not None
     if manifest is None:
@@ -72,6 +77,7 @@ def produce(request: Request, stage: str) -> Receipt:
     else:
         run = manifest.provenance.get("mlflow_run")
         logger.info("%s reuses artifact %s, made by MLflow run %s", stage, manifest.short, run)
+        complete_run(request, manifest)
     receipt = receipt_of(request, manifest, reused=reused)
     publish(manifest, receipt.uri, reused=reused)
     return receipt
@@ -118,7 +124,7 @@ def plan(request: Request, stage: str) -> tuple[str, dict[str, Any]]:
     recipe = request.recipe
     if stage == DOWNLOAD_SHARDS:
         dataset = recipe.dataset.model_dump(mode="json", exclude={"description", "licence", "attribution"})
-        return plan_list(recipe.dataset).key, dict(flat("", dataset))
+        return planned_list(recipe.dataset).key, dict(flat("", dataset))
     key = STAGES[stage].key(recipe, inputs_of(request, stage))
     return key, dict(flat("", STAGES[stage].what(recipe)))
 
@@ -134,9 +140,9 @@ def flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def tracked(request: Request, stage: str, key: str, params: Mapping[str, Any]) -> Iterator[TrackedRun]:
-    """The MLflow run of one artifact: the same run again when an earlier attempt was cut off."""
+    """The MLflow run of a piece of work: the same run again when an earlier attempt was cut off."""
     work = request.store.work(stage, key)
-    saved = work.read("mlflow.json")
+    saved = work.read(RUN_FILE)
     run = open_tracker(request.store).start(
         stage,
         name=f"{request.recipe.name}-{key[:8]}",
@@ -146,9 +152,19 @@ def tracked(request: Request, stage: str, key: str, params: Mapping[str, Any]) -
         parent_run_id=PARENT_RUN.get(),
     )
     if run.id is not None:
-        work.write("mlflow.json", json.dumps({"run_id": run.id}).encode())
+        work.write(RUN_FILE, json.dumps({"run_id": run.id}).encode())
     with run:
         yield run
+
+
+def complete_run(request: Request, manifest: Manifest) -> None:
+    """Finish the MLflow run of an artifact whose maker was killed between storing it and telling of it."""
+    run_id, tracker = manifest.provenance.get("mlflow_run"), open_tracker(request.store)
+    unfinished = {row["id"] for row in tracker.runs(manifest.stage) if row["status"] == "RUNNING"}
+    if run_id in unfinished:
+        name = f"{request.recipe.name}-{manifest.key[:8]}"
+        with tracker.start(manifest.stage, name=name, params={}, tags={}, run_id=run_id) as run:
+            describe(request, run, manifest)
 
 
 def describe(request: Request, run: TrackedRun, manifest: Manifest) -> None:

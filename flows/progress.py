@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,6 +23,7 @@ from rich.progress import (
 )
 
 from datasets.store import Store
+from flows.console import OWN, log_handlers, show_own_logs
 from ldm.tracked_run import TrackedRun
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,11 @@ def log_file(store: Store, stage: str, key: str) -> Path:
     return store.local_root / "logs" / f"{stage}-{key[:12]}.log"
 
 
+def not_shown_by_bar(record: logging.LogRecord) -> bool:
+    """Whether a log line says what no progress bar says already."""
+    return not getattr(record, "shown_by_bar", False)
+
+
 class StageReport:
     """Progress of one stage, for as long as it is entered.
 
@@ -59,7 +67,7 @@ class StageReport:
         self.before = self.saved_costs()
         self.done = self.total = 0
         self.first: tuple[float, int] | None = None
-        self.written_at = self.logged_at = 0.0
+        self.written_at = 0.0
         self.bar: Progress | None = None
         self.task: Any = None
 
@@ -74,27 +82,38 @@ class StageReport:
 
     def __enter__(self) -> Self:
         self.started, self.cpu_at_start = time.monotonic(), cpu_seconds()
+        self.logged_at = self.started
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         self.handler = logging.FileHandler(self.log_path, encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        for name in ("datasets", "ldm", "flows"):
+        show_own_logs()
+        for name in OWN:
             logging.getLogger(name).addHandler(self.handler)
         if sys.stderr.isatty():
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                transient=True,
-            )
-            self.bar.start()
-            self.task = self.bar.add_task(self.stage, total=None, rate="")
+            self.show_bar()
         logger.info("%s %s starts", self.stage, self.key[:12])
         self.write_status("running")
         return self
+
+    def show_bar(self) -> None:
+        """Start the bar, on the console that log lines go to, so that they scroll by above it."""
+        handlers = log_handlers()
+        for handler in handlers:
+            handler.addFilter(not_shown_by_bar)
+        console = next(iter(handlers.values()), None) or Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.bar.start()
+        self.task = self.bar.add_task(self.stage, total=None, rate="")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -102,11 +121,11 @@ class StageReport:
         if self.bar is not None:
             self.bar.stop()
         if error is None:
-            logger.info("%s %s finished, %s", self.stage, self.key[:12], self.costs())
+            logger.info("%s %s finished: %s", self.stage, self.key[:12], self.closing_line())
         else:
-            logger.error("%s %s failed: %s", self.stage, self.key[:12], error)
+            logger.error("%s %s failed", self.stage, self.key[:12], exc_info=error)
         self.write_status("finished" if error is None else "failed")
-        for name in ("datasets", "ldm", "flows"):
+        for name in OWN:
             logging.getLogger(name).removeHandler(self.handler)
         self.handler.close()
 
@@ -137,7 +156,7 @@ class StageReport:
             self.write_status("running")
         if now - self.logged_at > LOG_EVERY_S:
             self.logged_at = now
-            logger.info("%s", self.line())
+            logger.info("%s", self.line(), extra={"shown_by_bar": self.bar is not None})
 
     def flush(self) -> None:
         """Wait until MLflow has what was reported."""
@@ -155,6 +174,12 @@ class StageReport:
         left = f"{(self.total - self.done) / rate:,.0f} s left" if rate > 0 else "time left not known yet"
         return f"{self.stage}: {self.done:,} of {self.total:,} images, {rate:.1f} images/s, {left}"
 
+    def closing_line(self) -> str:
+        """One line: how much was done, what it cost, all attempts together."""
+        wall_s, cpu_s = self.costs()["wall_s"], self.costs()["cpu_s"]
+        rate = self.done / max(wall_s, 0.1)
+        return f"{self.done:,} images in {wall_s:,} s, {rate:.1f} images/s, {cpu_s:,} CPU s"
+
     def write_status(self, state: str) -> None:
         """Replace the status file."""
         self.written_at = time.monotonic()
@@ -163,6 +188,7 @@ class StageReport:
             "key": self.key,
             "state": state,
             "pid": os.getpid(),
+            "process_started": psutil.Process().create_time(),
             "done": self.done,
             "total": self.total,
             "images_per_s": round(self.rate(), 2),

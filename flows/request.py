@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from datasets.image_shards import find_image_shards
 from datasets.manifest import Manifest
 from datasets.store import Store
-from flows.models import recipe_of_model
-from flows.preflight import preflight
+from flows.models import ancestry, find_model_of, recipe_of
+from flows.preflight import check_data, check_weights, find_shards
 from ldm.config import Recipe
 from ldm.errors import LdmError
 from ldm.recipe import load_recipe
@@ -48,19 +47,22 @@ class Request:
             overrides: `key=value` each.
             store: URI of the artifact store.
             build: whether missing inputs may be built.
-            model: a registered model (`name`, `name@alias`), an alias of this recipe's model, or a key.
+            model: a registered model (`name`, `name@alias`), an alias of this recipe's model, or a key. What
+                it was made of is taken from the store, wherever its pictures may be by now; nothing is built.
 
         Raises:
             LdmError, DatasetsError: naming the rule, the value and the cure.
         """
         opened = Store(store)
-        resolved = (
-            load_recipe(recipe, overrides)
-            if model is None
-            else recipe_of_model(opened, recipe, model, overrides)
-        )
-        preflight(resolved)
-        return cls(resolved, opened, build)
+        if model is None:
+            resolved = load_recipe(recipe, overrides)
+            check_data(resolved)
+            check_weights(resolved)
+            return cls(resolved, opened, build)
+        manifest = find_model_of(opened, recipe, model)
+        resolved = recipe_of(manifest, overrides)
+        check_weights(resolved)
+        return cls(resolved, opened, build=False, found=ancestry(opened, manifest))
 
     def find(self, stage: str) -> Manifest | None:
         """The artifact of a stage, when the store has it and everything it is made of."""
@@ -74,7 +76,7 @@ class Request:
     def look_up(self, stage: str) -> Manifest | None:
         """`find` without memory."""
         if stage == DOWNLOAD_SHARDS:
-            return find_image_shards(self.store, self.recipe.dataset)
+            return find_shards(self.store, self.recipe.dataset)
         inputs = {role: self.find(parent) for role, parent in STAGES[stage].inputs.items()}
         present = {role: manifest for role, manifest in inputs.items() if manifest is not None}
         if len(present) < len(inputs):
@@ -90,8 +92,8 @@ class Request:
         if self.find(stage) is None:
             if not self.build:
                 raise NotBuiltError(
-                    f"this flow needs the artifact of {stage} for recipe {self.recipe.name!r}, which is not in "
-                    f"{self.store.uri}; run `ldm {stage} {self.recipe.name}` first, or leave --no-build out"
+                    f"this flow needs the artifact of {stage} for recipe {self.recipe.name!r}, which is not "
+                    f"in {self.store.uri}; run `ldm {stage} {self.recipe.name}` first, or drop --no-build"
                 )
             make()
         manifest = self.find(stage)

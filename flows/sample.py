@@ -9,7 +9,6 @@ from rich.progress import Progress
 
 from datasets.store import Store
 from flows.models import find_model, recipe_of
-from ldm.config import Sampling
 from ldm.errors import ContractError
 from ldm.range import to_uint8
 from ldm.stages.train_ldm import labelled_grid, load_model
@@ -49,14 +48,16 @@ def sample_to_file(
 
     Raises:
         ModelNotFoundError: there is no such model.
-        ContractError: a class or setting that the model cannot do.
+        ContractError: a class that the model does not know, or a folder that does not exist.
+        RecipeError: a setting out of its range.
     """
+    if not output.absolute().parent.is_dir():
+        raise ContractError(f"the folder of {output} must exist; make it, or name another with --output")
     opened = Store(store)
     manifest = find_model(opened, spec)
-    recipe = recipe_of(manifest)
+    recipe = recipe_of(manifest, [f"sampling.{name}={value}" for name, value in changes.items()])
     model = load_model(opened, manifest, recipe)
-    labels = class_labels(classes, model.classes)
-    sampling = Sampling.model_validate(recipe.sampling.model_dump() | dict(changes))
+    labels, sampling = class_labels(classes, model.classes), recipe.sampling
     wanted = [label for label in labels for _ in range(per_class)]
     with Progress() as bar:
         task = bar.add_task(f"sampling {len(wanted)} pictures")

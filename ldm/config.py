@@ -21,27 +21,27 @@ class FirstStageModel(Config):
 
     kind: Literal["vq", "kl", "identity"]
     """Regularisation of the latent; `identity` is the pixel baseline, f = 1."""
-    channels: int = Field(128, ge=1)
+    channels: int = Field(default=128, ge=1)
     """Width of the first level."""
     channel_mult: tuple[int, ...] = (1,)
     """Width of each level as a multiple of `channels`; each level but the first halves the resolution."""
-    num_res_blocks: int = Field(2, ge=1)
+    num_res_blocks: int = Field(default=2, ge=1)
     """Residual blocks per level (the decoder has one more)."""
     attention_factors: tuple[int, ...] = ()
     """Downsampling factors at which every block is followed by attention."""
     mid_attention: bool = True
     """Attention at the lowest resolution."""
-    z_channels: int = Field(3, ge=1)
+    z_channels: int = Field(default=3, ge=1)
     """Channels between encoder and `quant_conv`."""
-    embed_dim: int = Field(3, ge=1)
+    embed_dim: int = Field(default=3, ge=1)
     """Channels of the latent."""
-    num_codes: int | None = Field(None, ge=2)
+    num_codes: int | None = Field(default=None, ge=2)
     """Size of the codebook |Z|; VQ only."""
-    beta: float = Field(0.25, ge=0)
+    beta: float = Field(default=0.25, ge=0)
     """Weight of the codebook term against the commitment term; VQ only."""
-    norm_groups: int = Field(32, ge=1)
+    norm_groups: int = Field(default=32, ge=1)
     """Groups of every GroupNorm."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @property
     def factor(self) -> int:
@@ -76,24 +76,24 @@ class FirstStageModel(Config):
 class FirstStageLoss(Config):
     """Objective of a first stage (paper App. G)."""
 
-    perceptual_weight: float = Field(1.0, ge=0)
+    perceptual_weight: float = Field(default=1.0, ge=0)
     """Weight of LPIPS, added to every pixel's L1 distance."""
-    perceptual_start_images: int = Field(0, ge=0)
+    perceptual_start_images: int = Field(default=0, ge=0)
     """Images seen before LPIPS joins in."""
-    adversarial_weight: float = Field(0.75, ge=0)
+    adversarial_weight: float = Field(default=0.75, ge=0)
     """Factor on the adaptive weight of the generator's adversarial term."""
-    adversarial_start_images: int = Field(0, ge=0)
+    adversarial_start_images: int = Field(default=0, ge=0)
     """Images seen before the discriminator joins in."""
-    kl_weight: float = Field(1e-6, ge=0)
+    kl_weight: float = Field(default=1e-6, ge=0)
     """Weight of the KL term, which like the reconstruction term is summed over a picture; KL only."""
-    codebook_weight: float = Field(1.0, ge=0)
+    codebook_weight: float = Field(default=1.0, ge=0)
     """Weight of the codebook and commitment terms; VQ only."""
-    discriminator_channels: int = Field(64, ge=1)
-    discriminator_layers: int = Field(3, ge=1)
-    discriminator_lr: float | None = Field(None, gt=0)
+    discriminator_channels: int = Field(default=64, ge=1)
+    discriminator_layers: int = Field(default=3, ge=1)
+    discriminator_lr: float | None = Field(default=None, gt=0)
     """Learning rate of the discriminator; by default the autoencoder's."""
-    revive_after_images: int = Field(0, ge=0)
-    """A code unused for so many images moves onto a latent of the batch; 0 leaves dead codes dead. VQ only."""
+    revive_after_images: int = Field(default=0, ge=0)
+    """A code unused for so many images moves onto a latent of the batch; 0 leaves dead ones dead. VQ only."""
 
 
 class Training(Config):
@@ -106,18 +106,18 @@ class Training(Config):
     """Learning rate at its height."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """`cosine` falls to a hundredth of `lr` at the end."""
-    warmup_images: int = Field(0, ge=0)
+    warmup_images: int = Field(default=0, ge=0)
     """Images over which the learning rate rises from zero."""
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.01, ge=0)
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     """Decay of the averaged weights per step, reached by min(decay, (1 + n) / (10 + n))."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient; None leaves it alone."""
     mirror: bool = False
     """Mirror pictures left to right with probability 1/2."""
     seed: int = 0
-    picture_every_images: int = Field(50_000, gt=0)
+    picture_every_images: int = Field(default=50_000, gt=0)
     """Images between pictures for people to look at."""
 
     @property
@@ -158,7 +158,7 @@ class Encoding(Config):
 
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the stored latents."""
-    micro_batch: int = Field(64, gt=0)
+    micro_batch: int = Field(default=64, gt=0)
     """Pictures per forward pass, the last one padded; part of the bits."""
 
 
@@ -169,17 +169,17 @@ class UNetConfig(Config):
     out_channels: int = Field(ge=1)
     model_channels: int = Field(ge=1)
     channel_mult: tuple[int, ...]
-    num_res_blocks: int = Field(2, ge=1)
+    num_res_blocks: int = Field(default=2, ge=1)
     attention_factors: tuple[int, ...]
     """Downsampling factors of the latent at which attention follows each block."""
-    head_channels: int | None = Field(None, ge=1)
+    head_channels: int | None = Field(default=None, ge=1)
     """Channels of a head; give this or num_heads."""
-    num_heads: int | None = Field(None, ge=1)
-    context_dim: int | None = Field(None, ge=1)
+    num_heads: int | None = Field(default=None, ge=1)
+    context_dim: int | None = Field(default=None, ge=1)
     """Width of the condition's tokens; None builds plain self-attention."""
-    transformer_depth: int = Field(1, ge=1)
-    norm_groups: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    transformer_depth: int = Field(default=1, ge=1)
+    norm_groups: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -199,17 +199,17 @@ class ClassConditioning(Config):
     """One learned token per class (paper Sec. 4.3.1, Tab. 13)."""
 
     kind: Literal["class_label"]
-    context_dim: int = Field(512, ge=1)
-    drop_rate: float = Field(0.1, ge=0, le=1)
+    context_dim: int = Field(default=512, ge=1)
+    drop_rate: float = Field(default=0.1, ge=0, le=1)
     """Share of labels replaced by the null class in training, which guidance needs."""
 
 
 class Diffusion(Config):
     """The forward process and what the UNet predicts (paper App. B, eq. 2)."""
 
-    num_timesteps: int = Field(1000, ge=2)
-    linear_start: float = Field(0.0015, gt=0, lt=1)
-    linear_end: float = Field(0.0195, gt=0, lt=1)
+    num_timesteps: int = Field(default=1000, ge=2)
+    linear_start: float = Field(default=0.0015, gt=0, lt=1)
+    linear_end: float = Field(default=0.0195, gt=0, lt=1)
     """First and last beta; the square roots are spaced evenly."""
     objective: Literal["eps"] = "eps"
 
@@ -218,11 +218,11 @@ class Sampling(Config):
     """How pictures are drawn."""
 
     sampler: Literal["ddim"] = "ddim"
-    steps: int = Field(50, ge=1)
-    eta: float = Field(0.0, ge=0)
-    guidance: float = Field(1.0, ge=0)
+    steps: int = Field(default=50, ge=1)
+    eta: float = Field(default=0.0, ge=0)
+    guidance: float = Field(default=1.0, ge=0)
     """Classifier-free guidance scale; 1 is none."""
-    micro_batch: int = Field(64, gt=0)
+    micro_batch: int = Field(default=64, gt=0)
     """Latents per forward pass, the last one padded; part of the bits."""
     seed: int = 0
 
@@ -230,13 +230,13 @@ class Sampling(Config):
 class Evaluation(Config):
     """How a model is scored."""
 
-    num_images: int = Field(400, ge=2)
+    num_images: int = Field(default=400, ge=4)
     """Pictures in every set: samples, reconstructions, noise decodings, and each half of the real ones."""
-    micro_batch: int = Field(25, gt=0)
+    micro_batch: int = Field(default=25, gt=0)
     """Pictures per pass of the FID Inception, the last one padded."""
-    classifier_images: int = Field(60_000, ge=0)
+    classifier_images: int = Field(default=60_000, ge=0)
     """Images the class judge is trained on."""
-    grid_per_class: int = Field(4, ge=1)
+    grid_per_class: int = Field(default=4, ge=1)
 
 
 class Recipe(Config):
@@ -253,8 +253,8 @@ class Recipe(Config):
     training: Training
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
-    threads: int = Field(2, ge=1)
-    """Threads of every computation on a CPU; other counts give other last bits, so it is part of what is made."""
+    threads: int = Field(default=2, ge=1)
+    """Threads of every computation on a CPU; other counts give other last bits, so it is part of the key."""
 
     @property
     def latent_size(self) -> int:
@@ -277,13 +277,17 @@ class Recipe(Config):
         )
         if (unet.in_channels, unet.out_channels) != (latent, latent):
             raise ValueError(
-                f"unet.in_channels and unet.out_channels ({unet.in_channels}, {unet.out_channels}) must equal the "
-                f"latent's channels, first_stage.model.embed_dim ({latent})"
+                f"unet.in_channels and unet.out_channels ({unet.in_channels}, {unet.out_channels}) must "
+                f"equal the latent's channels, first_stage.model.embed_dim ({latent})"
             )
         wanted = None if self.conditioning is None else self.conditioning.context_dim
         if unet.context_dim != wanted:
             raise ValueError(
                 f"unet.context_dim ({unet.context_dim}) must equal conditioning.context_dim ({wanted})"
+            )
+        if self.conditioning is None and self.sampling.guidance != 1.0:
+            raise ValueError(
+                f"sampling.guidance ({self.sampling.guidance}) needs `conditioning`; use 1 without one"
             )
         return self
 

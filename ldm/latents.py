@@ -1,7 +1,7 @@
 """The latent contract: what cached latents are, checked wherever they are used (paper Sec. 3.1, App. G).
 
-N samples, C channels of the latent, h w its height and width. Latents are stored unscaled; the scale is a statistic of
-the corpus, kept in the manifest and applied at read time, exactly once.
+N samples, C channels of the latent, h w its height and width. Latents are stored unscaled; the scale is a
+statistic of the corpus, kept in the manifest and applied at read time, exactly once.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from ldm.config import Recipe
 from ldm.errors import ContractError
 from ldm.models.first_stage import FirstStage
 
-MOMENT_TOLERANCE = 0.5
+MOMENT_TOLERANCE = 0.2
 """How far the first batches' deviation may stray from the recorded one, as a share of it."""
 
 
 class LatentContract(BaseModel):
-    """What a latent artifact holds. `scale` maps latents to unit deviation and is *not* applied to what is stored."""
+    """What a latent artifact holds. `scale` maps latents to unit deviation; what is stored is not scaled."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -53,7 +53,7 @@ class LatentDiffusion:
     classes: tuple[str, ...]
 
     def condition(self, labels: Tensor) -> Tensor | None:
-        """Tokens (B, 1, D) of class labels (B,) int64, -1 asking for nothing; None for an unconditional model."""
+        """Tokens (B, 1, D) of class labels (B,) int64, -1 asking for nothing; None without a conditioner."""
         conditioner = self.networks.conditioner
         if conditioner is None:
             return None
@@ -77,8 +77,8 @@ class LatentDiffusion:
     ) -> Tensor:
         """Scaled latents (N, C, h, w), one per label.
 
-        The noise of the i-th is keyed by (seed, i), and passes are padded to a fixed size, so that a picture does not
-        depend on how many others were asked for.
+        The noise of the i-th is keyed by (seed, i), and passes are padded to a fixed size, so that a picture
+        does not depend on how many others were asked for.
 
         Args:
             labels: class indices; -1 asks for nothing in particular.
@@ -114,8 +114,8 @@ class LatentDiffusion:
             raise ContractError(f"class labels must be -1 (none) to {known - 1} for this model, got {wrong}")
         if sampling.guidance != 1.0 and not known:
             raise ContractError(
-                f"guidance ({sampling.guidance}) needs a conditional model with a null condition, and this one is "
-                "unconditional; use sampling.guidance=1"
+                f"guidance ({sampling.guidance}) needs a conditional model with a null condition, and this "
+                "one is unconditional; use sampling.guidance=1"
             )
 
     def sample_pass(

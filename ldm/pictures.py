@@ -9,7 +9,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 PAPER = (255, 255, 255)
@@ -20,33 +20,13 @@ MARGIN_PX = 6
 DOTS_PER_INCH = 110
 
 
-def to_uint8(x: ArrayLike) -> NDArray[np.uint8]:
-    """Returns model-range images as uint8, channels last: round((x + 1) * 127.5), clipped to [0, 255].
-
-    Args:
-        x: float array or CPU tensor in [-1, 1], (C, H, W) or (N, C, H, W); values outside are clipped.
-
-    Returns:
-        (H, W, C) or (N, H, W, C).
-
-    Raises:
-        ValueError: another number of dimensions, or a value that is not finite.
-    """
-    values = np.asarray(x, dtype=np.float64)
-    if values.ndim not in {3, 4}:
-        raise ValueError(f"images must be (C, H, W) or (N, C, H, W), got the shape {values.shape}")
-    if not np.isfinite(values).all():
-        num_bad = int((~np.isfinite(values)).sum())
-        raise ValueError(f"images must be finite, got {num_bad} NaN or infinite values of {values.size}")
-    levels = np.rint((np.clip(values, -1.0, 1.0) + 1.0) * 127.5)
-    return np.ascontiguousarray(np.moveaxis(levels.astype(np.uint8), -3, -1))
-
-
 def png(image: NDArray[np.uint8] | Image.Image) -> bytes:
     """Returns the PNG bytes of one uint8 image, (H, W), (H, W, 1), (H, W, 3) or a Pillow image."""
     if not isinstance(image, Image.Image):
         if image.dtype != np.uint8:
-            raise ValueError(f"a PNG is made of uint8 values, got {image.dtype}; use to_uint8 first")
+            raise ValueError(
+                f"a PNG is made of uint8 values, got {image.dtype}; use ldm.range.to_uint8 first"
+            )
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
     buffer = BytesIO()
     image.save(buffer, format="PNG")

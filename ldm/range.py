@@ -1,4 +1,4 @@
-"""The border between pictures as bytes and pictures as tensors: where dtype, range and layout change (one place).
+"""The border between pictures as bytes and pictures as tensors: here alone dtype, range and layout change.
 
 N pictures, H W height and width.
 """

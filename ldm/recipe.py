@@ -1,22 +1,28 @@
 """Reads a recipe: one complete run, from YAML to typed values, checked before any work.
 
-A recipe names its data set (`datasets/catalog/`) and its first stage (`ldm/recipes/first_stage/`); both are resolved
-here, so that `--set first_stage.training.num_images=1000` reaches every value.
+A recipe names its data set (`datasets/catalog/`) and its first stage (`ldm/recipes/first_stage/`); both are
+resolved here, so that `--set first_stage.training.num_images=1000` reaches every value. A YAML of one's own
+may build on another recipe (`base: demo`) and say only what differs.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from datasets.config import load_dataset
+from datasets.config import anchor_paths, load_dataset
 from ldm.config import Recipe
 from ldm.errors import RecipeError
 
 RECIPES = Path(__file__).parent / "recipes"
+FIRST_STAGES = RECIPES / "first_stage"
+SECTIONS = ("dataset", "first_stage")
+"""Sections that name a YAML of their own."""
+SOURCE_KINDS = frozenset({"robohash_cats", "folder", "url_list"})
+"""What pydantic adds to the place of an error inside a data set's source."""
 
 
 def recipe_names(folder: Path = RECIPES) -> list[str]:
@@ -30,7 +36,7 @@ def read_yaml(name: str, folder: Path, kind: str) -> dict[str, Any]:
     Raises:
         RecipeError: when there is none, naming those there are.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    path = Path(name) if is_path(name) else folder / f"{name}.yaml"
     if not path.is_file():
         known = recipe_names(folder)
         close = difflib.get_close_matches(name, known, n=1)
@@ -38,10 +44,71 @@ def read_yaml(name: str, folder: Path, kind: str) -> dict[str, Any]:
         raise RecipeError(
             f"unknown {kind} {name!r}: known are {', '.join(known)}, or give a path to a YAML.{hint}"
         )
-    raw = yaml.safe_load(path.read_text("utf-8"))
+    try:
+        raw = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+        raise RecipeError(f"{path} must be a readable YAML ({problem}); correct it and try again") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} must hold a mapping of settings, got {type(raw).__name__}")
     return raw
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """A recipe as plain values: its own laid over those of the recipe it names as its `base`, if any.
+
+    In a YAML of the user's, relative paths (of base, data set, first stage, pictures) start at the YAML.
+
+    Raises:
+        RecipeError: there is no such recipe or base, or the base has a base itself.
+    """
+    raw = anchored(read_yaml(name, RECIPES, "recipe"), name)
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    below = anchored(read_yaml(str(base), RECIPES, "base recipe"), str(base))
+    if "base" in below:
+        raise RecipeError(
+            f"a base must be a complete recipe, but {base} has the base {below['base']!r} itself; "
+            f"set base: {below['base']} in {name} and copy what {base} adds"
+        )
+    own = {"name", "description"}
+    return lay_over({key: value for key, value in below.items() if key not in own}, raw)
+
+
+def anchored(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    """A recipe's values with its relative paths made absolute, when it is a YAML of the user's."""
+    if not is_path(name):
+        return raw
+    folder = Path(name).parent
+
+    def absolute(value: Any) -> Any:
+        return str((folder / value).absolute()) if isinstance(value, str) and is_path(value) else value
+
+    raw = raw | {key: absolute(raw[key]) for key in ("base", *SECTIONS) if key in raw}
+    for section in SECTIONS:
+        if isinstance(raw.get(section), dict) and "name" in raw[section]:
+            raw[section] = raw[section] | {"name": absolute(raw[section]["name"])}
+    if isinstance(raw.get("dataset"), dict):
+        anchor_paths(raw["dataset"], folder)
+    return raw
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is that of a YAML file, and not one of the package's."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def lay_over(raw: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Values of a recipe with others on top; a data set or first stage of another name replaces all of it."""
+    raw = dict(raw)
+    for section in SECTIONS:
+        upper = over.get(section)
+        if isinstance(upper, dict) and "name" in upper:
+            raw.pop(section, None)
+        elif isinstance(upper, dict) and isinstance(raw.get(section), str):
+            raw[section] = {"name": raw[section]}
+    return merge(raw, over)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -64,16 +131,21 @@ def parse_override(text: str) -> dict[str, Any]:
         raise RecipeError(
             f"--set takes key=value with a dotted key such as training.num_images=1000, got {text!r}"
         )
-    nested: Any = yaml.safe_load(value)
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"the value of --set {path}= must be YAML, got {value!r}; quote it") from None
     for part in reversed(path.split(".")):
         nested = {part: nested}
     return nested
 
 
-def resolve_named(value: Any, load: Any) -> dict[str, Any]:
-    """A section given as a name, or as a mapping with a `name` and values laid over the named one."""
+def resolve_named(value: Any, load: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """A section given as a name, as a mapping with a `name` and values over the named one, or in full."""
     if isinstance(value, str):
         return load(value)
+    if isinstance(value, dict) and is_complete(value):
+        return value
     if isinstance(value, dict) and isinstance(value.get("name"), str):
         return merge(load(value["name"]), {k: v for k, v in value.items() if k != "name"})
     raise RecipeError(f"`dataset` and `first_stage` take a name, or a mapping with one, got {value!r}")
@@ -86,17 +158,20 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: unknown recipe or key, or a value that breaks a rule; the message names the cure.
         ConfigError: unknown data set.
     """
-    raw = read_yaml(name, RECIPES, "recipe")
+    raw = read_recipe(name)
     for override in overrides:
-        nested = parse_override(override)
-        for section in ("dataset", "first_stage"):
-            if isinstance(nested.get(section), dict) and isinstance(raw.get(section), str):
-                raw[section] = {"name": raw[section]}
-        raw = merge(raw, nested)
-    for section, load in (("dataset", named_dataset), ("first_stage", named_first_stage)):
+        raw = lay_over(raw, parse_override(override))
+    for section, load in zip(SECTIONS, (named_dataset, named_first_stage), strict=True):
         raw[section] = resolve_named(raw.get(section), load)
     raw.setdefault("name", Path(name).stem)
     return parse_recipe(raw, source=name)
+
+
+def is_complete(section: dict[str, Any]) -> bool:
+    """Whether a data set has a source, or a first stage of a new name a network: it needs none below it."""
+    source, name = section.get("source"), str(section.get("name"))
+    has_source = isinstance(source, dict) and "kind" in source
+    return has_source or ("model" in section and not is_path(name) and name not in recipe_names(FIRST_STAGES))
 
 
 def named_dataset(name: str) -> dict[str, Any]:
@@ -106,7 +181,7 @@ def named_dataset(name: str) -> dict[str, Any]:
 
 def named_first_stage(name: str) -> dict[str, Any]:
     """Values of a first stage's recipe."""
-    return {"name": Path(name).stem} | read_yaml(name, RECIPES / "first_stage", "first stage")
+    return {"name": Path(name).stem} | read_yaml(name, FIRST_STAGES, "first stage")
 
 
 def parse_recipe(raw: dict[str, Any], *, source: str) -> Recipe:
@@ -124,22 +199,27 @@ def parse_recipe(raw: dict[str, Any], *, source: str) -> Recipe:
 
 def describe(problem: Any) -> str:
     """One validation error as a sentence: where, which rule, what was received, what to do."""
-    path = ".".join(str(part) for part in problem["loc"])
+    location = [part for part in problem["loc"] if part not in SOURCE_KINDS]
+    path = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         known = keys_at(problem["loc"][:-1])
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
         return f"unknown key {path!r}; " + (
             f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
         )
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{path}: {message}" if path else message
+    received = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+    return f"{path}: {message}{received}" if path else message
 
 
 def keys_at(location: Sequence[Any]) -> list[str]:
     """The keys a recipe knows at a place, for messages."""
-    model: Any = Recipe
+    models: list[Any] = [Recipe]
     for part in location:
-        field = getattr(model, "model_fields", {}).get(part)
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        model = next((o for o in options if hasattr(o, "model_fields")), None)
-    return sorted(getattr(model, "model_fields", {}))
+        if part in SOURCE_KINDS:
+            models = [model for model in models if part in get_args(model.model_fields["kind"].annotation)]
+            continue
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        options = [o for field in fields for o in (field.annotation, *get_args(field.annotation))]
+        models = [option for option in options if hasattr(option, "model_fields")]
+    return sorted({key for model in models for key in model.model_fields})

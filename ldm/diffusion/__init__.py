@@ -1,1 +1,1 @@
-"""Diffusion mathematics: schedule, objective, samplers, guidance. No function here knows a network or a data set."""
+"""Diffusion mathematics: schedule, objective, samplers, guidance. Nothing here knows networks or data."""

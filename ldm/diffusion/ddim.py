@@ -18,8 +18,8 @@ NoiseSource = Callable[[int], Tensor]
 def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
     """`steps` time steps, falling, evenly spaced and ending at the first one above zero noise.
 
-    Differs: the published spacing (every T // steps, plus one) gives more steps than asked where steps does not divide
-    T, and for some counts an index past the end; where it works, this gives the same.
+    Differs: the published spacing (every T // steps, plus one) gives more steps than asked where steps does
+    not divide T, and for some counts an index past the end; where it works, this gives the same.
 
     Raises:
         ValueError: when more steps are asked for than there are.

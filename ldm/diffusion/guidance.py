@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022; paper Sec. 4.3.1) as a wrapper around a conditional denoiser."""
+"""Classifier-free guidance (Ho & Salimans 2022; paper Sec. 4.3.1) as a wrapper of a conditional denoiser."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The forward process q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) (paper App. B; Ho et al. 2020).
+"""The forward process q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) (paper App. B).
 
 T time steps, B batch; x is (B, ...).
 """

@@ -5,7 +5,8 @@ N pictures, H W height and width.
 
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,15 @@ from ldm.config import Recipe
 from ldm.errors import ContractError
 from ldm.evaluation import fidelity, reconstruction
 from ldm.evaluation.classifier import accuracy, train_classifier
-from ldm.evaluation.sets import SETS, make_set, num_scored, sample_labels
-from ldm.latents import check_contract
+from ldm.evaluation.sets import MIN_SCORED, SETS, make_set, num_scored, sample_labels
+from ldm.latents import LatentContract, check_contract
+from ldm.model import LatentDiffusion
 from ldm.pictures import bars, png, side_by_side
 from ldm.stages.stage import Job, Result
 from ldm.stages.train_ldm import MAX_GRID_CLASSES, labelled_grid, load_model
 from ldm.weights import FID_INCEPTION, inception_state
 
 logger = logging.getLogger(__name__)
-MIN_PICTURES = 4
 MAX_JUDGE_PICTURES = 20_000
 
 
@@ -36,7 +37,7 @@ def nchw(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
 
 
-def kept(job: Job, name: str, make: Any) -> np.ndarray:
+def kept(job: Job, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     """An array of an earlier attempt, or made now and kept for the next one."""
     saved = job.work.read(f"{name}.npy")
     if saved is None:
@@ -47,50 +48,63 @@ def kept(job: Job, name: str, make: Any) -> np.ndarray:
     return np.load(io.BytesIO(saved), allow_pickle=False)
 
 
-def score(job: Job) -> Result:
-    """Make the sets, extract their features, compare them, judge the classes, and draw what people look at."""
-    recipe = job.recipe
-    held_out = SampleReader(job.store, job.inputs["shards"], split="held_out")
-    count = num_scored(recipe, held_out)
-    if count < MIN_PICTURES:
-        raise ContractError(
-            f"scores need at least {2 * MIN_PICTURES} held-out pictures, the data set has {len(held_out)}; "
-            "raise the held-out share (for a folder: --set dataset.source.held_out_share=0.2)"
-        )
-    contract = check_contract(job.inputs["latents"], recipe, job.inputs["first_stage"])
-    model = load_model(job.store, job.inputs["model"], recipe)
-    total, done = len(SETS) * count * 2, 0
-    pictures, features = {}, {}
+def made_sets(
+    job: Job, *, model: LatentDiffusion, contract: LatentContract, held_out: SampleReader
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Pictures (n, H, W, 3) and Inception features (n, 2048) of every set, kept for later attempts."""
+    recipe, count = job.recipe, num_scored(job.recipe, held_out)
     weights = inception_state(job.store.local_root / "cache")
-    for name in SETS:
+    pictures, features = {}, {}
+    for index, name in enumerate(SETS):
+
+        def report(done: int, total: int, *, half: int = 2 * index) -> None:
+            job.report.progress((half * total + done) * count // total, 2 * len(SETS) * count)
+
         pictures[name] = kept(
             job,
             f"pictures-{name}",
-            lambda name=name: make_set(
+            partial(
+                make_set,
                 name,
                 recipe=recipe,
                 model=model,
                 contract=contract,
                 held_out=held_out,
-                on_step=lambda i, n, done=done: job.report.progress(done + i * count // n, total),
+                on_step=report,
             ),
         )
-        done += count
         features[name] = kept(
             job,
             f"features-{name}",
-            lambda name=name: fidelity.extract_features(
+            partial(
+                fidelity.extract_features,
                 [nchw(pictures[name])],
                 weights_path=weights,
                 micro_batch=recipe.evaluation.micro_batch,
-                progress=lambda i, n, done=done: job.report.progress(done + i, total),
+                num_images=count,
+                progress=partial(report, half=2 * index + 1),
             ),
         )
-        done += count
+    return pictures, features
+
+
+def score(job: Job) -> Result:
+    """Make the sets, extract their features, compare them, judge the classes, draw what people look at."""
+    recipe = job.recipe
+    held_out = SampleReader(job.store, job.inputs["shards"], split="held_out")
+    count = num_scored(recipe, held_out)
+    if count < MIN_SCORED:
+        raise ContractError(
+            f"scores need at least {2 * MIN_SCORED} held-out pictures, the data set has {len(held_out)}; "
+            "raise the held-out share (for a folder: --set dataset.source.held_out_share=0.2)"
+        )
+    contract = check_contract(job.inputs["latents"], recipe, job.inputs["first_stage"])
+    model = load_model(job.store, job.inputs["model"], recipe)
+    pictures, features = made_sets(job, model=model, contract=contract, held_out=held_out)
     scores = compare(pictures, features) | judge(job, pictures["samples"], model.classes, held_out)
     scores["num_images"] = count
     job.report.metrics(0, {name: value for name, value in scores.items() if isinstance(value, float)})
-    document = {"scores": scores, "protocol": protocol(recipe, job.inputs, count)}
+    document: dict[str, Any] = {"scores": scores, "protocol": protocol(recipe, job.inputs, count)}
     warning = fidelity.bias_warning(count)
     if warning:
         logger.warning("%s", warning)
@@ -116,7 +130,7 @@ def compare(pictures: dict[str, np.ndarray], features: dict[str, np.ndarray]) ->
 
 
 def judge(job: Job, samples: np.ndarray, classes: tuple[str, ...], held_out: SampleReader) -> dict[str, Any]:
-    """Share of samples of the class asked for, by a classifier trained on real pictures, and its own accuracy."""
+    """Share of samples of the class asked for, by a classifier of real pictures, and its own accuracy."""
     budget = job.recipe.evaluation.classifier_images
     if len(classes) < 2 or not budget:
         return {}

@@ -23,6 +23,8 @@ from ldm.range import from_uint8, to_uint8
 from ldm.training.randomness import generator
 
 SETS = ("reference", "real", "reconstruction", "noise", "samples")
+MIN_SCORED = 4
+"""The smallest n: precision and recall look at a picture's third nearest neighbour."""
 
 
 def num_scored(recipe: Recipe, held_out: SampleReader) -> int:

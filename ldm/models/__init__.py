@@ -1,1 +1,1 @@
-"""Networks: first stages, UNet, conditioning encoders, perceptual metric. They know shapes, not data or training."""
+"""Networks: first stages, UNet, conditioning, perceptual metric; they know no data and no training."""

@@ -45,6 +45,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The input plus its attention."""
         del context
         tokens = to_tokens(self.norm(x))
         qkv = F.linear(tokens, self.qkv.weight.squeeze(2), self.qkv.bias)  # (B, T, 3C)
@@ -65,6 +66,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Identity())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, T, C), (B, L, D) -> (B, T, C)."""
         context = x if context is None else context
         out = multi_head_attention(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads)
         return self.to_out(out)
@@ -78,6 +80,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 8 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The gated projection."""
         x, gate = self.proj(x).chunk(2, dim=-1)
         return x * F.gelu(gate)
 
@@ -90,6 +93,7 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GEGLU(channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The projection there and back."""
         return self.net(x)
 
 
@@ -106,13 +110,14 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, T, C), (B, L, D) -> (B, T, C)."""
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over positions that attend to the condition: (B, C, h, w), (B, L, D) -> (B, C, h, w)."""
+    """Transformer blocks that also attend to the condition: (B, C, h, w), (B, L, D) -> (B, C, h, w)."""
 
     def __init__(self, channels: int, *, context_dim: int, num_heads: int, depth: int, groups: int) -> None:
         super().__init__()
@@ -124,6 +129,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The input plus what its tokens gathered; ValueError without a context."""
         if context is None:
             raise ValueError(
                 "a UNet with cross-attention needs a context of shape (B, L, context_dim), got None"

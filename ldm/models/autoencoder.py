@@ -1,6 +1,6 @@
 """Encoder and decoder of the first stage (paper Sec. 3.1, App. G).
 
-B batch, C channels, H W height and width of the picture, h w those of the latent (h = H / f), T = h * w positions.
+B batch, C channels, H W height and width of the picture, h w those of the latent (h = H / f), T = h * w.
 Parameter names are those of the published checkpoints, so that a released state dict loads key for key.
 """
 
@@ -17,7 +17,7 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(nn.Module):
-    """Two 3x3 convolutions, each after GroupNorm and swish, beside a shortcut: (B, C, h, w) -> (B, out, h, w)."""
+    """Two 3x3 convolutions after GroupNorm and swish, beside a shortcut: (B, C, h, w) -> (B, out, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, dropout: float) -> None:
         super().__init__()
@@ -30,6 +30,7 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The shortcut plus the residual branch."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
@@ -47,6 +48,7 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The input plus its attention."""
         h = self.norm(x)
         q, k, v = (
             project(h).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, T, C)
@@ -57,13 +59,14 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Stride-2 3x3 convolution, padded by one at the right and at the bottom only: (B, C, h, w) -> (B, C, h/2, w/2)."""
+    """Stride-2 3x3 convolution, padded at the right and the bottom: (B, C, h, w) -> (B, C, h/2, w/2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Half the height and width."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -75,11 +78,12 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Twice the height and width."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
-    """One resolution level: residual blocks, each followed by attention where asked, then a change of resolution."""
+    """One resolution: residual blocks, attention behind each where asked, a change of resolution."""
 
     def __init__(
         self,
@@ -105,6 +109,7 @@ class Level(nn.Module):
         self.resample = list(resample.values())
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, out, h', w')."""
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn) > 0:
@@ -124,6 +129,7 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(channels, channels, groups=groups, dropout=dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
@@ -178,6 +184,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features of a picture in [-1, 1]."""
         h = self.conv_in(x)
         for stage in self.down:
             h = stage(h)
@@ -185,9 +192,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent features -> picture: (B, z_channels, h, w) -> (B, out_channels, h*f, w*f). Arguments as `Encoder`.
+    """Latent features -> picture: (B, z_channels, h, w) -> (B, out_channels, h*f, w*f).
 
-    Each level has one residual block more than the encoder's.
+    Arguments as `Encoder`; each level has one residual block more than the encoder's.
     """
 
     def __init__(
@@ -229,6 +236,7 @@ class Decoder(nn.Module):
         return self.conv_out.weight
 
     def forward(self, z: Tensor) -> Tensor:
+        """The picture, nominally in [-1, 1], not clamped."""
         h = self.mid(self.conv_in(z))
         for stage in reversed(self.up):
             h = stage(h)
@@ -236,5 +244,5 @@ class Decoder(nn.Module):
 
 
 def to_channels_last(module: nn.Module) -> nn.Module:
-    """Store 4-d weights channels-last, the layout in which convolutions and GroupNorm are fastest on CPU and GPU."""
+    """Store 4-d weights channels-last, in which convolutions and GroupNorm are fastest on CPU and GPU."""
     return module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -21,6 +21,7 @@ class ClassEmbedder(nn.Module):
         self.embedding = nn.Embedding(num_classes + 1, context_dim)
 
     def forward(self, labels: Tensor) -> Tensor:
+        """One token per label, (B, 1, D)."""
         return self.embedding(labels)[:, None, :]
 
     def null(self, batch: int) -> Tensor:
@@ -29,7 +30,7 @@ class ClassEmbedder(nn.Module):
 
 
 def drop_labels(labels: Tensor, *, null: int, rate: float, generator: torch.Generator) -> Tensor:
-    """Labels with a share `rate` replaced by the null class, and unlabelled (-1) pictures always: (B,) -> (B,)."""
+    """Labels, a share `rate` replaced by the null class, and unlabelled (-1) ones always: (B,) -> (B,)."""
     dropped = torch.rand(labels.shape, generator=generator) < rate
     return torch.where(dropped.to(labels.device) | (labels < 0), null, labels)
 

@@ -39,6 +39,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits of patches: high for real ones."""
         return self.main(x)
 
 

@@ -1,8 +1,8 @@
 """The first stage: picture to latent and back, VQ- or KL-regularised, f = 1 ... 32 (paper Sec. 3.1, Tab. 8).
 
 B batch, C channels of the latent, H W height and width of the picture in [-1, 1], h = H / f, w = W / f.
-The *stored* latent is what latent shards hold: VQ: the latent before quantisation; KL: mean and log-variance (2C
-channels); identity: the picture.
+The *stored* latent is what latent shards hold: VQ: the latent before quantisation; KL: mean and log-variance
+(2C channels); identity: the picture.
 """
 
 from typing import Protocol
@@ -54,7 +54,7 @@ class VQModel(nn.Module):
         return stored
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures of latents, which are quantised first (paper Sec. 4.1: the quantiser belongs to the decoder)."""
+        """Pictures of latents, quantised first (paper Sec. 4.1: the quantiser belongs to the decoder)."""
         return self.decode_codes(self.quantize.lookup(self.quantize.nearest(z)))
 
     def decode_codes(self, codes: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def build_first_stage(config: FirstStageModel) -> VQModel | KLModel | IdentityMo
 
 @torch.no_grad()
 def decode_in_micro_batches(first_stage: FirstStage, z: Tensor, *, micro_batch: int) -> Tensor:
-    """Decode latents in padded micro-batches of a fixed size, so that no picture depends on how many were asked for.
+    """Decode latents in padded passes of a fixed size, so that no picture depends on how many were asked for.
 
     Args:
         first_stage: the first stage.

@@ -1,6 +1,7 @@
 """The diagonal Gaussian posterior of a KL-regularised first stage (paper Sec. 3.1).
 
-B batch, C channels of the latent, h w its height and width. Moments are (B, 2C, h, w): the mean, then the log-variance.
+B batch, C channels of the latent, h w its height and width. Moments are (B, 2C, h, w): the mean, then the
+log-variance.
 """
 
 import torch

@@ -24,8 +24,8 @@ class Quantized:
 class VectorQuantizer(nn.Module):
     """Nearest code of a learned codebook, with the straight-through gradient.
 
-    The loss is mean((z - sg[e])^2) + beta * mean((sg[z] - e)^2): as in the published models, beta weighs the term
-    that moves the codes.
+    The loss is mean((z - sg[e])^2) + beta * mean((sg[z] - e)^2): as in the published models, beta weighs the
+    term that moves the codes.
 
     Args:
         num_codes: size of the codebook |Z|.
@@ -52,6 +52,7 @@ class VectorQuantizer(nn.Module):
         return self.embedding(indices).permute(0, 3, 1, 2)
 
     def forward(self, z: Tensor) -> Quantized:
+        """The nearest codes of latents (B, C, h, w), and the loss."""
         indices = self.nearest(z)
         codes = self.lookup(indices)
         loss = (codes.detach() - z).square().mean() + self.beta * (codes - z.detach()).square().mean()

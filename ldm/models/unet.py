@@ -1,7 +1,7 @@
 """The time-conditional UNet (paper Sec. 3.2, 3.3, App. E.2; Dhariwal & Nichol 2021).
 
-B batch, C channels, h w height and width of the latent, L tokens of the condition, D their width, E width of the time
-embedding (4 * model_channels). Parameter names are those of the published checkpoints.
+B batch, C channels, h w height and width of the latent, L tokens of the condition, D their width, E width of
+the time embedding (4 * model_channels). Parameter names are those of the published checkpoints.
 """
 
 import math
@@ -26,7 +26,7 @@ def timestep_embedding(t: Tensor, width: int, *, max_period: float = 10_000.0) -
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with the time embedding added between them: (B, C, h, w), (B, E) -> (B, out, h, w)."""
+    """Two 3x3 convolutions, the time embedding added between: (B, C, h, w), (B, E) -> (B, out, h, w)."""
 
     def __init__(
         self, channels: int, embedding: int, out_channels: int, *, dropout: float, groups: int
@@ -47,6 +47,7 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The shortcut plus the residual branch."""
         h = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
         return self.skip_connection(x) + self.out_layers(h)
 
@@ -59,6 +60,7 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Half the height and width."""
         return self.op(x)
 
 
@@ -70,6 +72,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Twice the height and width."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -77,6 +80,7 @@ class Stage(nn.Sequential):
     """Layers of one UNet position, each given what it takes of features, time embedding and condition."""
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:  # pyright: ignore
+        """The features after all layers."""
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, embedding)
@@ -88,10 +92,10 @@ class Stage(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """eps (or x0, v) of a noisy latent: (B, in, h, w), (B,) time steps, (B, L, D) condition -> (B, out, h, w).
+    """Noise in a noisy latent: (B, in, h, w), (B,) time steps, (B, L, D) condition -> (B, out, h, w).
 
-    h and w must be divisible by 2 ** (levels - 1). Last layers of residual branches and the output convolution start
-    at zero.
+    h and w must be divisible by 2 ** (levels - 1). Last layers of residual branches and the output
+    convolution start at zero.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -158,6 +162,7 @@ class UNet(nn.Module):
         return layers
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """The prediction, shaped like `x` but for its channels."""
         embedding = self.time_embed(timestep_embedding(t, self.config.model_channels))
         skips = []
         for stage in self.input_blocks:

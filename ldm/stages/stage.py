@@ -48,8 +48,8 @@ class Result:
 class Stage:
     """A kind of work.
 
-    The key of its result is a digest of its name, CODE_VERSION, `what` and its inputs' content: same key, same result,
-    no work (ADR 0007).
+    The key of its result is a digest of its name, CODE_VERSION, `what` and its inputs' content: same key,
+    same result, no work (ADR 0007).
     """
 
     name: str
@@ -97,7 +97,7 @@ class Stage:
 
 
 def environment(recipe: Recipe) -> dict[str, Any]:
-    """What equal bits depend on besides the recipe: torch build, threads, instruction set (architecture: Bits)."""
+    """What equal bits depend on besides the recipe: torch build, threads, instruction set."""
     return {
         "torch": torch.__version__,
         "threads": recipe.threads,

@@ -12,6 +12,7 @@ from datasets.manifest import Manifest
 from datasets.store import Store
 from datasets.stream import SampleReader
 from ldm.config import Recipe
+from ldm.errors import ModelNotFoundError
 from ldm.latents import check_contract, check_moments
 from ldm.model import WEIGHTS, Denoising, LatentDiffusion, assemble, build_denoising, load_first_stage
 from ldm.pictures import grid, png
@@ -56,7 +57,7 @@ def build(job: Job) -> Result:
     reader = SampleReader(job.store, latents, split="train")
     first = reader.fetch(range(min(MOMENT_SAMPLES, len(reader))))["latent"]
     check_moments(torch.from_numpy(first), first_stage, contract)
-    classes = latents.content.statistics["classes"]
+    classes = latents.content.statistics["classes"] if recipe.conditioning else []
 
     def look(networks: Denoising) -> dict[str, bytes]:
         model = assemble(recipe, networks, first_stage, scale=contract.scale, classes=classes)
@@ -81,7 +82,7 @@ def build(job: Job) -> Result:
 
 
 def grid_labels(num_classes: int, *, per_class: int) -> list[int]:
-    """Labels of a grid with one row per class: the first classes, `per_class` times each; -1 without classes."""
+    """Labels of a grid, a row per class: the first classes, `per_class` times each; -1 without classes."""
     if num_classes == 0:
         return [-1] * per_class * 4
     return [label for label in range(min(num_classes, MAX_GRID_CLASSES)) for _ in range(per_class)]
@@ -109,7 +110,7 @@ def load_model(store: Store, manifest: Manifest, recipe: Recipe) -> LatentDiffus
     parent = manifest.content.parents["first_stage"]
     first_stage = store.find(parent.stage, parent.key)
     if first_stage is None:
-        raise FileNotFoundError(
+        raise ModelNotFoundError(
             f"the first stage {parent.key[:12]} of model {manifest.short} is not in {store.uri}"
         )
     classes = manifest.content.statistics["classes"]

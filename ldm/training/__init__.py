@@ -1,1 +1,1 @@
-"""Training: one loop, exact continuation, and the two models it trains. Knows no orchestrator and no MLflow."""
+"""Training: one loop, exact continuation, and the two models it trains. Knows no orchestrator, no MLflow."""

@@ -1,14 +1,13 @@
 """Checkpoints of a training run: safetensors with a JSON beside it that names its digest and the position.
 
-The JSON is written last and makes the checkpoint exist. Two are kept; when the newest is damaged the one before it is
-used, and that is reported.
+The JSON is written last and makes the checkpoint exist. Two are kept; when the newest is damaged the one
+before it is used, and that is reported.
 """
 
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -83,12 +82,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Put `optimizer_tensors` back."""
-    state: dict[int, dict[str, Any]] = {}
+    """Put `optimizer_tensors` back, each in its parameter's memory layout, as fused optimisers need it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(f"{prefix}."):
             index, name = key.removeprefix(f"{prefix}.").split(".")
-            state.setdefault(int(index), {})[name] = value
+            like = parameters[int(index)]
+            placed = torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+            state.setdefault(int(index), {})[name] = placed
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def ema_decay(limit: float, step: int) -> float:
-    """Decay of the step-th update (from 0): min(limit, (1 + n) / (10 + n)), so that early weights are soon forgotten."""
+    """Decay of the step-th update (from 0): min(limit, (1 + n) / (10 + n)), n = step + 1.
+
+    So early weights are soon forgotten.
+    """
     return min(limit, (2 + step) / (11 + step))
 
 
@@ -28,4 +31,6 @@ class Ema:
     def update(self, step: int) -> None:
         """Average <- decay * average + (1 - decay) * parameter, after the step-th (from 0) optimiser step."""
         weight = 1.0 - ema_decay(self.decay, step)
-        torch._foreach_lerp_(list(self.averages.values()), self.parameters, weight)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            list(self.averages.values()), self.parameters, weight
+        )

@@ -1,4 +1,4 @@
-"""Training of a first stage: reconstruction, LPIPS, patch-adversarial and latent regularisation (paper App. G).
+"""Training of a first stage: reconstruction, LPIPS, patch-adversarial and latent terms (paper App. G).
 
 B batch, H W height and width of the pictures in [-1, 1], h w those of the latent.
 """
@@ -97,21 +97,20 @@ class FirstStageTrainee:
     """
 
     def __init__(self, recipe: FirstStageRecipe, reader: SampleReader, held_out: SampleReader) -> None:
-        if recipe.training is None:
-            raise ValueError(f"first stage {recipe.name!r} has nothing to train")
+        if recipe.training is None or recipe.model.kind == "identity":
+            raise ValueError(f"first stage {recipe.name!r} must have weights to train, got the identity")
         self.training: Training = recipe.training
         self.config, self.loss = recipe.model, recipe.loss
         self.reader, self.held_out = reader, held_out
         torch.manual_seed(seed_of(self.training.seed, "first stage"))
         model = build_first_stage(recipe.model)
-        if not isinstance(model, VQModel | KLModel):
-            raise ValueError(f"first stage {recipe.name!r} has nothing to train")
+        assert isinstance(model, VQModel | KLModel)
         self.model: VQModel | KLModel = model
         self.discriminator = PatchDiscriminator(
             self.loss.discriminator_channels, self.loss.discriminator_layers
         )
         to_channels_last(self.discriminator)
-        self.lpips = build_lpips()
+        self.lpips = build_lpips() if self.loss.perceptual_weight > 0 else None
         self.optimizer = adam(self.model, self.training, lr=self.training.lr)
         self.discriminator_lr = self.loss.discriminator_lr or self.training.lr
         self.discriminator_optimizer = adam(self.discriminator, self.training, lr=self.discriminator_lr)
@@ -164,8 +163,8 @@ class FirstStageTrainee:
     def backward(self, encoded: Encoded, x: Tensor, images: int, *, adversarial: bool) -> dict[str, Tensor]:
         """Gradients of all terms.
 
-        LPIPS and discriminator are differentiated once, down to the picture; from there one pass through the decoder
-        serves all terms and the last layer's norms.
+        LPIPS and discriminator are differentiated once, down to the picture; from there one pass through the
+        decoder serves all terms and the last layer's norms.
         """
         perceptual_on = self.loss.perceptual_weight > 0 and images >= self.loss.perceptual_start_images
         picture = encoded.reconstruction.detach().requires_grad_()

@@ -60,7 +60,7 @@ class Report(Protocol):
         ...
 
     def flush(self) -> object:
-        """Wait until all that was told so far is kept; called before a checkpoint, which no resume goes behind."""
+        """Wait until all that was told so far is kept; called before each checkpoint."""
         ...
 
 

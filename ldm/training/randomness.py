@@ -1,4 +1,4 @@
-"""Randomness as a function of what it is for, so that a resumed run draws what an undisturbed one would have drawn."""
+"""Randomness as a function of what it is for: a resumed run draws what an undisturbed one draws."""
 
 import hashlib
 

@@ -1,0 +1,154 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from datasets.errors import ConfigError
+from ldm.config import Evaluation, Recipe, Training, require_divisible
+from ldm.errors import RecipeError
+from ldm.recipe import load_recipe
+
+BROKEN = {
+    "no codebook": (
+        ["first_stage.model.num_codes=null"],
+        r"first_stage\.model: a VQ first stage needs num_codes, .*; set model\.num_codes",
+    ),
+    "identity with levels": (
+        ["first_stage.model.kind=identity"],
+        r"first_stage\.model: an identity first stage has f = 1 and 3 channels; leave .* out",
+    ),
+    "first stage's groups": (
+        ["first_stage.model.norm_groups=5"],
+        r"channels \* channel_mult \(32 \* 1\) must be divisible by norm_groups \(5\); choose widths",
+    ),
+    "first stage without training": (
+        ["first_stage.training=null"],
+        r"first stage 'cats-vq-f4' has weights, so it needs a `training` section",
+    ),
+    "no whole batch": (
+        ["training.num_images=10"],
+        r"training: num_images \(10\) must reach one batch \(32\); set it higher",
+    ),
+    "heads twice": (["unet.num_heads=4"], r"unet: give exactly one of head_channels and num_heads"),
+    "heads never": (["unet.head_channels=null"], r"unet: give exactly one of head_channels and num_heads"),
+    "unet's groups": (
+        ["unet.norm_groups=48"],
+        r"model_channels \* channel_mult \(64 \* 1\) must be divisible by norm_groups \(48\)",
+    ),
+    "size and f": (
+        ["dataset.image_size_px=34"],
+        r"dataset\.image_size_px \(34\) must be divisible by 4 \(the first stage's f\); use 32 or 36",
+    ),
+    "latent and levels": (
+        ["dataset.image_size_px=36"],
+        r"the latent's side \(9\) must be divisible by 2 \(the UNet's levels\); use 8 or 10",
+    ),
+    "unet's channels": (
+        ["unet.in_channels=3"],
+        r"unet\.out_channels \(3, 4\) must equal the latent's channels, .*embed_dim \(4\)",
+    ),
+    "condition's width": (
+        ["conditioning.context_dim=64"],
+        r"unet\.context_dim \(128\) must equal conditioning\.context_dim \(64\)",
+    ),
+    "condition without attention": (
+        ["unet.context_dim=null"],
+        r"unet\.context_dim \(None\) must equal conditioning\.context_dim \(128\)",
+    ),
+    "out of range": (["training.lr=-1"], r"training\.lr: Input should be greater than 0, got -1"),
+    "wrong type": (["training.batch_size=many"], r"training\.batch_size: .*integer.*, got 'many'"),
+    "unknown key": (
+        ["training.num_image=9"],
+        r"unknown key 'training\.num_image'; did you mean 'num_images'\?",
+    ),
+    "unknown section": (["trainign.num_images=9"], r"unknown key 'trainign'; did you mean 'training'\?"),
+    "unknown key of the data": (
+        ["dataset.source.trains=9"],
+        r"unknown key 'dataset\.source\.trains'; did you mean 'train'\?",
+    ),
+    "unknown key, none like it": (["encoding.xyz=1"], r"'encoding\.xyz'; known: dtype, micro_batch"),
+    "unknown choice": (["sampling.sampler=euler"], r"sampling\.sampler: Input should be 'ddim', got 'euler'"),
+    "no assignment": (["training.num_images"], r"--set takes key=value .*, got 'training\.num_images'"),
+    "empty key": (["training..num_images=1"], r"--set takes key=value .*, got 'training\.\.num_images=1'"),
+    "no YAML": (
+        ["unet.channel_mult=[1,2"],
+        r"the value of --set unet\.channel_mult= must be YAML, got '\[1,2'",
+    ),
+    "unknown first stage": (
+        ["first_stage=cats-vq-f5"],
+        r"unknown first stage 'cats-vq-f5': known are .*Did you mean 'cats-vq-f4'\?",
+    ),
+    "no name": (["dataset=[cats]"], r"`dataset` and `first_stage` take a name, or a mapping with one"),
+}
+
+
+@pytest.mark.parametrize("case", list(BROKEN))
+def test_a_broken_recipe_is_refused_with_rule_value_and_cure(case: str) -> None:
+    overrides, message = BROKEN[case]
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("demo", overrides)
+
+
+def test_all_broken_rules_are_told_at_once() -> None:
+    with pytest.raises(RecipeError, match=r"training\.lr: .*; sampling\.steps: .*"):
+        load_recipe("demo", ["training.lr=0", "sampling.steps=0"])
+
+
+def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"unknown recipe 'dmeo': known are .*demo.* Did you mean 'demo'\?"):
+        load_recipe("dmeo")
+
+
+def test_an_unknown_data_set_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"got 'dogs'; known names: cats, celebahq"):
+        load_recipe("demo", ["dataset=dogs"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n", r"must hold a mapping of settings, got list"), ("a: [", r"must be a readable YAML")],
+)
+def test_a_file_that_is_no_recipe_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(path))
+
+
+def test_overrides_reach_the_data_set_and_the_first_stage() -> None:
+    recipe = load_recipe(
+        "demo",
+        ["dataset.source.train=7", "first_stage.training.lr=0.5", "training.betas=[0.1, 0.2]", "threads=1"],
+    )
+    plain = load_recipe("demo")
+    assert recipe.dataset.source.train == 7  # pyright: ignore[reportAttributeAccessIssue]
+    assert recipe.first_stage.training is not None
+    assert recipe.first_stage.training.lr == 0.5
+    assert recipe.training.betas == (0.1, 0.2)
+    assert recipe.first_stage.model == plain.first_stage.model
+    assert recipe.unet == plain.unet
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load_recipe("demo").training.lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_recipe_comes_back_from_its_own_values() -> None:
+    recipe = load_recipe("demo")
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_steps_are_whole_batches() -> None:
+    assert Training(num_images=100, batch_size=32, lr=1.0).num_steps == 3
+
+
+def test_neighbours_that_would_do_are_named() -> None:
+    require_divisible("size", 64, 8, "why")
+    with pytest.raises(ValueError, match=r"size \(3\) must be divisible by 8 \(why\); use 8$"):
+        require_divisible("size", 3, 8, "why")
+
+
+def test_scores_need_some_pictures() -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to"):
+        Evaluation(num_images=1)

@@ -1,0 +1,149 @@
+import re
+import shlex
+from itertools import pairwise
+from math import isclose
+
+import pytest
+import torch
+
+from ldm.model import build_denoising
+from ldm.models.first_stage import IdentityModel, build_first_stage
+from ldm.models.unet import build_unet
+from ldm.recipe import FIRST_STAGES, RECIPES, load_recipe, read_yaml, recipe_names
+
+LDM = ["cats-64", "celebahq", "demo"]
+CATS = ["cats-64-vq-f4", "cats-vq-f4"]
+# Autoencoders of the published configs, counted from the published code (paper Tab. 8).
+PUBLISHED = {
+    "kl-f4": 55_312_063,
+    "kl-f8": 83_653_863,
+    "kl-f16": 69_610_963,
+    "kl-f32": 103_880_131,
+    "vq-f4": 55_322_782,
+    "vq-f4-noattn": 53_219_486,
+    "vq-f8": 67_717_295,
+    "vq-f16": 69_593_371,
+}
+UNPUBLISHED = ["kl-f2", "vq-f2", "vq-f32"]
+OF_THE_PAPER = sorted([*PUBLISHED, *UNPUBLISHED])
+BASE_LR = 4.5e-6
+# `ldm reproduce celebahq --set dataset.root=FOLDER` with these, on 200 own pictures: minutes on two cores.
+SMALL_CELEBAHQ = """
+    --set dataset.image_size_px=32
+    --set first_stage.model.channels=32 --set first_stage.model.num_codes=256
+    --set first_stage.training.num_images=320
+    --set unet.model_channels=32 --set unet.channel_mult=[1,2] --set unet.attention_factors=[2]
+    --set training.num_images=960 --set sampling.steps=10
+"""
+
+
+def overrides_of(command: str) -> list[str]:
+    """The values after --set in a command line."""
+    words = shlex.split(command.replace("\\\n#", " "))
+    return [word for flag, word in pairwise(words) if flag == "--set"]
+
+
+def header_command(folder_and_name: str) -> str:
+    """The first command in the comment at the head of a YAML."""
+    header = re.match(r"(#.*\n)+", (RECIPES / f"{folder_and_name}.yaml").read_text("utf-8"))
+    assert header is not None, folder_and_name
+    command = re.match(r"#.*?(ldm [a-z-]+ [^\s()]+((?:\\\n#|[^\n()])*))", header.group())
+    assert command is not None, folder_and_name
+    return command.group(1)
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_recipes_are_those_of_these_lists() -> None:
+    assert recipe_names() == LDM
+    assert recipe_names(FIRST_STAGES) == sorted([*CATS, *OF_THE_PAPER, "identity"])
+
+
+@pytest.mark.parametrize("name", LDM)
+def test_every_recipe_loads_and_builds(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    with torch.device("meta"):
+        networks = build_denoising(recipe, num_classes=recipe.num_classes)
+        first_stage = build_first_stage(recipe.first_stage.model)
+        z = torch.zeros(1, *(recipe.unet.in_channels, recipe.latent_size, recipe.latent_size))
+        context = torch.zeros(1, 1, recipe.unet.context_dim) if recipe.unet.context_dim else None
+        assert networks.unet(z, torch.zeros(1), context).shape == z.shape
+        size = recipe.dataset.image_size_px
+        assert first_stage.decode(z).shape == (1, 3, size, size)
+
+
+@pytest.mark.parametrize("name", [*LDM, *(f"first_stage/{n}" for n in [*CATS, *OF_THE_PAPER, "identity"])])
+def test_the_command_in_a_header_names_its_recipe_and_can_be_run(name: str) -> None:
+    command = header_command(name)
+    recipe = load_recipe(shlex.split(command)[2], overrides_of(command))
+    assert (recipe.first_stage.name if "/" in name else recipe.name) == name.rpartition("/")[2]
+
+
+@pytest.mark.parametrize("name", [*OF_THE_PAPER, "identity"])
+def test_a_header_says_source_hardware_and_what_to_expect(name: str) -> None:
+    text = (FIRST_STAGES / f"{name}.yaml").read_text("utf-8")
+    for word in ("# Source: paper ", "# Hardware: ", "# Expected: "):
+        assert text.count(word) == 1
+    assert "Source: paper " in (RECIPES / "celebahq.yaml").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_a_first_stage_has_the_published_size(name: str) -> None:
+    recipe = load_recipe("celebahq", overrides_of(header_command(f"first_stage/{name}")))
+    with torch.device("meta"):
+        model = build_first_stage(recipe.first_stage.model)
+    assert not isinstance(model, IdentityModel)
+    assert num_parameters(model) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
+def test_a_first_stage_of_the_paper_has_the_factor_of_its_name_and_the_published_rate(name: str) -> None:
+    raw = read_yaml(name, FIRST_STAGES, "first stage")
+    recipe = load_recipe("celebahq", overrides_of(header_command(f"first_stage/{name}"))).first_stage
+    assert recipe.name == name
+    assert recipe.model.kind == name[:2]
+    assert f"-f{recipe.model.factor}" in name
+    assert recipe.training is not None
+    assert isclose(recipe.training.lr, BASE_LR * recipe.training.batch_size, rel_tol=1e-9)
+    assert recipe.loss.adversarial_start_images % recipe.training.batch_size == 0
+    assert raw["training"]["num_images"] % recipe.training.batch_size == 0
+
+
+def test_celebahq_is_the_papers() -> None:
+    recipe = load_recipe("celebahq")
+    with torch.device("meta"):
+        unet = build_unet(recipe.unet)
+    assert num_parameters(unet) == 274_056_163  # paper Tab. 12: 274M
+    assert (recipe.latent_size, recipe.first_stage.name) == (64, "vq-f4")
+    assert (recipe.training.num_steps, recipe.training.batch_size, recipe.training.lr) == (
+        410_000,
+        48,
+        9.6e-5,
+    )
+    assert (recipe.diffusion.num_timesteps, recipe.diffusion.linear_start, recipe.diffusion.linear_end) == (
+        1000,
+        0.0015,
+        0.0195,
+    )
+    assert (recipe.sampling.steps, recipe.sampling.eta, recipe.training.ema_decay) == (200, 0.0, 0.9999)
+    assert recipe.conditioning is None
+
+
+def test_the_demo_keeps_within_its_limit() -> None:
+    with torch.device("meta"):
+        assert num_parameters(build_unet(load_recipe("demo").unet)) <= 4_500_000
+
+
+def test_celebahq_shrinks_to_what_two_cores_do_in_minutes() -> None:
+    recipe = load_recipe("celebahq", overrides_of(SMALL_CELEBAHQ))
+    assert (recipe.dataset.image_size_px, recipe.latent_size) == (32, 8)
+    networks = build_denoising(recipe, num_classes=0)
+    assert num_parameters(networks) < 2_000_000
+    z = torch.zeros(1, 3, 8, 8)
+    assert networks.unet(z, torch.zeros(1)).shape == z.shape
+    model = build_first_stage(recipe.first_stage.model)
+    assert model.decode(model.encode(torch.zeros(1, 3, 32, 32))).shape == (1, 3, 32, 32)

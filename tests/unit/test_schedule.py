@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from ldm.diffusion.objective import draw_timesteps, eps_loss
+from ldm.diffusion.schedule import linear_schedule
+
+
+def test_betas_are_squares_of_evenly_spaced_roots_between_the_published_ends() -> None:
+    alpha_bar = linear_schedule(1000, 0.0015, 0.0195).alpha_bar
+    assert alpha_bar.dtype == torch.float64
+    betas = 1.0 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    assert betas[[0, -1]].tolist() == pytest.approx([0.0015, 0.0195], rel=1e-9)
+    roots = betas.sqrt().diff()
+    torch.testing.assert_close(roots, roots[:1].expand_as(roots), rtol=1e-6, atol=0)
+
+
+def test_signal_falls_from_nearly_all_to_nearly_none() -> None:
+    schedule = linear_schedule(1000, 0.0015, 0.0195)
+    assert schedule.num_timesteps == 1000
+    assert (schedule.alpha_bar.diff() < 0).all()
+    assert schedule.alpha_bar[0] > 0.998
+    assert schedule.alpha_bar[-1] < 2e-4
+
+
+def test_noise_added_to_unit_data_keeps_unit_variance() -> None:
+    schedule = linear_schedule(100, 0.01, 0.1)
+    draws = torch.Generator().manual_seed(0)
+    x_0, eps = (torch.randn(4, 1, 100, 100, generator=draws) for _ in range(2))
+    x_t = schedule.add_noise(x_0, torch.tensor([0, 20, 50, 99]), eps)
+    torch.testing.assert_close(x_t.var(dim=(1, 2, 3)), torch.ones(4), atol=0.06, rtol=0)
+
+
+def test_the_signal_is_found_again_from_the_noise() -> None:
+    schedule = linear_schedule(1000, 0.0015, 0.0195)
+    draws = torch.Generator().manual_seed(0)
+    x_0, eps = (torch.randn(5, 2, 3, 3, generator=draws, dtype=torch.float64) for _ in range(2))
+    t = torch.tensor([0, 1, 400, 998, 999])
+    torch.testing.assert_close(schedule.x_0_of_eps(schedule.add_noise(x_0, t, eps), t, eps), x_0)
+
+
+def test_the_loss_is_the_mean_squared_error_of_each_samples_noise() -> None:
+    schedule = linear_schedule(1000, 0.0015, 0.0195)
+    x_0, t = torch.zeros(3, 2, 4, 4), torch.tensor([0, 500, 999])
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
+    offset = torch.tensor([0.0, 1.0, 3.0]).view(3, 1, 1, 1)
+    losses = eps_loss(lambda x_t, t: eps + offset, x_0, t, eps, schedule=schedule)
+    torch.testing.assert_close(losses, torch.tensor([0.0, 1.0, 9.0]))
+
+
+def test_time_steps_are_uniform_over_all() -> None:
+    counts = draw_timesteps(40_000, 4, torch.Generator().manual_seed(0)).bincount(minlength=4)
+    assert len(counts) == 4
+    assert ((counts - 10_000).abs() < 400).all()

@@ -1,0 +1,206 @@
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+import torch
+from torch import Tensor
+
+from datasets.manifest import Manifest
+from datasets.store import Store, WorkArea
+from datasets.stream import SampleReader
+from ldm.config import Recipe
+from ldm.errors import TrainingError
+from ldm.latents import contract_of
+from ldm.model import load_first_stage
+from ldm.training.checkpoint import load_checkpoint, saved
+from ldm.training.diffusion import DiffusionTrainee
+from ldm.training.first_stage import FirstStageTrainee
+from ldm.training.loop import History, Silent, Trainee, learning_rate, train
+
+KEY = "0" * 64
+NUM_STEPS = 12
+
+
+class Chain(Protocol):
+    """What the fixtures of conftest.py give."""
+
+    recipe: Recipe
+    store: Store
+    first_stage: Manifest
+    latents: Manifest
+
+    def reader(self, *, split: str = "train") -> SampleReader: ...
+
+
+class PowerCutError(Exception):
+    """Ends a run between two steps."""
+
+
+class CutShort:
+    """A trainee that does so many steps and no more."""
+
+    def __init__(self, trainee: Trainee, num_steps: int) -> None:
+        self.trainee, self.num_steps = trainee, num_steps
+        self.training = trainee.training
+        self.tensors, self.load, self.look = trainee.tensors, trainee.load, trainee.look
+
+    def step(self, step: int) -> Mapping[str, Tensor]:
+        if step >= self.num_steps:
+            raise PowerCutError
+        return self.trainee.step(step)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to make a trainee, and where an undisturbed run of it ends."""
+
+    make: Callable[[], Trainee]
+    tensors: dict[str, Tensor]
+    history: History
+
+
+@pytest.fixture(scope="module", params=["vq", "kl", "diffusion vq", "diffusion kl"])
+def case(request: pytest.FixtureRequest, cats: Callable[[str], SampleReader]) -> Case:
+    chain = request.getfixturevalue(f"{request.param.split()[-1]}_chain")
+
+    def make() -> Trainee:
+        if "diffusion" in request.param:
+            return diffusion_trainee(chain)
+        return FirstStageTrainee(chain.recipe.first_stage, cats("train"), cats("held_out"))
+
+    return Case(make, *undisturbed(make))
+
+
+def diffusion_trainee(chain: Chain) -> DiffusionTrainee:
+    return DiffusionTrainee(
+        chain.recipe,
+        chain.reader(),
+        contract_of(chain.latents),
+        load_first_stage(chain.store, chain.first_stage),
+        num_classes=15,
+        look=lambda networks: {},
+    )
+
+
+def work_area(store: Store) -> WorkArea:
+    return store.work("train", KEY)
+
+
+def assert_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def undisturbed(make: Callable[[], Trainee]) -> tuple[dict[str, Tensor], History]:
+    trainee = make()
+    history = train(trainee, work_area(Store("memory://undisturbed")), report=Silent())
+    work_area(Store("memory://undisturbed")).clear()
+    return trainee.tensors(), history
+
+
+@pytest.mark.parametrize("cut_after", [1, 7])
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
+    case: Case, cut_after: int, tmp_path: Path
+) -> None:
+    work = work_area(Store(tmp_path))
+    with pytest.raises(PowerCutError):
+        train(CutShort(case.make(), cut_after), work, report=Silent(), checkpoint_every_s=-1)
+    kept = load_checkpoint(work)
+    assert kept is not None
+    assert kept.step == cut_after
+    trainee = case.make()
+    assert train(trainee, work, report=Silent(), checkpoint_every_s=-1) == case.history
+    assert_same(trainee.tensors(), case.tensors)
+    assert len(saved(work)) == 2
+
+
+def test_a_checkpoint_holds_all_that_the_next_step_depends_on(case: Case) -> None:
+    prefixes = {name.split(".")[0] for name in case.tensors}
+    assert {"ema", "optimizer"} < prefixes
+    if isinstance(case.make(), FirstStageTrainee):
+        assert {"model", "discriminator", "discriminator_optimizer", "used_at"} < prefixes
+    else:
+        assert "networks" in prefixes
+
+
+@pytest.fixture(scope="module")
+def whole_run(vq_chain: Chain) -> tuple[dict[str, Tensor], History]:
+    return undisturbed(lambda: diffusion_trainee(vq_chain))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "unreadable record"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    vq_chain: Chain,
+    whole_run: tuple[dict[str, Tensor], History],
+    damage: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    work = work_area(Store(tmp_path))
+    with pytest.raises(PowerCutError):
+        train(CutShort(diffusion_trainee(vq_chain), 7), work, report=Silent(), checkpoint_every_s=-1)
+    newest = saved(work)[-1]
+    data = work.read(f"{newest}.safetensors")
+    assert data is not None
+    match damage:
+        case "flipped":
+            work.write(f"{newest}.safetensors", data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+        case "cut":
+            work.write(f"{newest}.safetensors", data[: len(data) // 2])
+        case "gone":
+            work.remove(f"{newest}.safetensors")
+        case _:
+            work.write(f"{newest}.json", b"{")
+    with caplog.at_level(logging.WARNING):
+        kept = load_checkpoint(work)
+    assert kept is not None
+    assert kept.step == 6
+    assert f"{newest} is damaged" in caplog.text
+    trainee = diffusion_trainee(vq_chain)
+    history = train(trainee, work, report=Silent())
+    tensors, expected = whole_run
+    assert history == expected
+    assert_same(trainee.tensors(), tensors)
+
+
+def test_another_seed_gives_other_weights(
+    tiny_recipe: Callable[..., Recipe], cats: Callable[[str], SampleReader]
+) -> None:
+    def weights(seed: int) -> dict[str, Tensor]:
+        recipe = tiny_recipe(f"first_stage.training.seed={seed}").first_stage
+        return undisturbed(lambda: FirstStageTrainee(recipe, cats("train"), cats("held_out")))[0]
+
+    first, second = weights(0), weights(1)
+    assert not torch.equal(first["model.encoder.conv_in.weight"], second["model.encoder.conv_in.weight"])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(vq_chain: Chain) -> None:
+    trainee = diffusion_trainee(vq_chain)
+    with torch.no_grad():
+        dict(trainee.networks.named_parameters())["unet.out.2.bias"].fill_(torch.nan)
+    with pytest.raises(TrainingError, match=r"loss must be finite, got nan between steps 0 and 10 .* lower"):
+        train(trainee, work_area(Store("memory://not-finite")), report=Silent())
+
+
+def test_the_learning_rate_rises_then_falls_to_a_hundredth(tiny_recipe: Callable[..., Recipe]) -> None:
+    training = tiny_recipe("training.lr=0.5", "training.warmup_images=16").training
+    rates = [learning_rate(training, step) for step in range(training.num_steps)]
+    assert rates[0] < rates[1] < rates[2] < rates[3]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert learning_rate(training, training.num_steps) == pytest.approx(0.005)
+    constant = training.model_copy(update={"lr_schedule": "constant"})
+    assert [learning_rate(constant, step) for step in (0, 1, 3, 11)] == [0.125, 0.25, 0.5, 0.5]
+
+
+def test_pictures_and_progress_are_told(vq_chain: Chain) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Telling(Silent):
+        def progress(self, done: int, total: int) -> None:
+            seen.append((done, total))
+
+    train(diffusion_trainee(vq_chain), work_area(Store("memory://told")), report=Telling())
+    assert seen == [(4 * (step + 1), 48) for step in range(NUM_STEPS)]
