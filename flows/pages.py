@@ -8,8 +8,9 @@ from prefect.context import get_run_context
 from prefect.exceptions import MissingContextError
 
 from datasets.manifest import Manifest
+from flows.scores import ROWS
 
-SHOWN = ("scores", "last", "outcomes", "num_train", "num_held_out", "num_parameters", "scale")
+SHOWN = ("last", "outcomes", "num_train", "num_held_out", "num_parameters", "scale", "warning")
 
 
 def publish(manifest: Manifest, uri: str, *, reused: bool) -> None:
@@ -39,9 +40,17 @@ def page(manifest: Manifest, uri: str, *, reused: bool) -> str:
         "| --- | --- |",
         f"| content digest | `{manifest.digest}` |",
         *(f"| made of {role} | {p.stage} `{p.key[:12]}` |" for role, p in manifest.content.parents.items()),
+        *(f"| {name} | {value} |" for name, value in score_rows(manifest.content.statistics)),
         *(f"| {name} | {value} |" for name, value in numbers(manifest.content.statistics)),
     ]
     return "\n".join(lines)
+
+
+def score_rows(statistics: dict[str, Any]) -> list[tuple[str, str]]:
+    """The scores as the summary shows them, and how many pictures are behind them."""
+    scores = statistics.get("scores", {})
+    rows = [(label, f"{scores[name]:.4g} ({note})") for label, name, note in ROWS if name in scores]
+    return [*rows, ("pictures in every set", str(scores["num_images"]))] if scores else []
 
 
 def numbers(statistics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -55,5 +64,5 @@ def numbers(statistics: dict[str, Any]) -> list[tuple[str, str]]:
                 for key, inner in value.items()
             ]
         elif value is not None:
-            rows.append((name, json.dumps(value)))
+            rows.append((name, value if isinstance(value, str) else json.dumps(value)))
     return rows

@@ -211,7 +211,8 @@ class Diffusion(Config):
     linear_start: float = Field(default=0.0015, gt=0, lt=1)
     linear_end: float = Field(default=0.0195, gt=0, lt=1)
     """First and last beta; the square roots are spaced evenly."""
-    objective: Literal["eps"] = "eps"
+    objective: Literal["eps", "v"] = "eps"
+    """What the UNet predicts: the noise, or Salimans & Ho's v, which gets large shapes and colours right sooner."""
 
 
 class Sampling(Config):

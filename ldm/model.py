@@ -15,6 +15,7 @@ from datasets.store import Store
 from ldm.config import FirstStageModel, Recipe, Sampling
 from ldm.diffusion.ddim import sample_ddim
 from ldm.diffusion.guidance import guide
+from ldm.diffusion.objective import Objective, eps_of_prediction
 from ldm.diffusion.schedule import Schedule, linear_schedule
 from ldm.errors import ContractError
 from ldm.models.conditioning import ClassEmbedder, build_conditioner
@@ -46,6 +47,8 @@ class LatentDiffusion:
     first_stage: FirstStage
     networks: Denoising
     schedule: Schedule
+    objective: Objective
+    """What the UNet predicts."""
     scale: float
     """Latents are multiplied by it before diffusion, divided by it before decoding."""
     latent_shape: tuple[int, int, int]
@@ -186,6 +189,7 @@ def assemble(
         first_stage=first_stage,
         networks=networks,
         schedule=linear_schedule(diffusion.num_timesteps, diffusion.linear_start, diffusion.linear_end),
+        objective=diffusion.objective,
         scale=scale,
         latent_shape=(model.embed_dim, recipe.latent_size, recipe.latent_size),
         classes=tuple(classes),

@@ -34,6 +34,14 @@ class Schedule:
         """The x_0 that `eps` implies: the inverse of `add_noise`."""
         return (x_t - at((1.0 - self.alpha_bar).sqrt(), t, x_t) * eps) / at(self.alpha_bar.sqrt(), t, x_t)
 
+    def velocity(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022, App. D)."""
+        return at(self.alpha_bar.sqrt(), t, x_0) * eps - at((1.0 - self.alpha_bar).sqrt(), t, x_0) * x_0
+
+    def eps_of_velocity(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """The eps that `v` implies: sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t."""
+        return at(self.alpha_bar.sqrt(), t, x_t) * v + at((1.0 - self.alpha_bar).sqrt(), t, x_t) * x_t
+
 
 def linear_schedule(num_timesteps: int, start: float, end: float) -> Schedule:
     """The published schedule: betas are the squares of evenly spaced square roots of `start` ... `end`.

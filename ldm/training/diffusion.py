@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from datasets.stream import SampleReader, sample_order
 from ldm.config import Recipe, Training
-from ldm.diffusion.objective import draw_timesteps, eps_loss
+from ldm.diffusion.objective import draw_timesteps, prediction_loss
 from ldm.diffusion.schedule import linear_schedule
 from ldm.latents import LatentContract, scaled_latent
 from ldm.model import Denoising, build_denoising
@@ -80,8 +80,13 @@ class DiffusionTrainee:
         t = draw_timesteps(len(x_0), self.schedule.num_timesteps, generator(seed, step, "timesteps"))
         eps = torch.randn(x_0.shape, generator=generator(seed, step, "noise"))
         context = self.condition(labels, step)
-        losses = eps_loss(
-            lambda x_t, t: self.networks.unet(x_t, t, context), x_0, t, eps, schedule=self.schedule
+        losses = prediction_loss(
+            lambda x_t, t: self.networks.unet(x_t, t, context),
+            x_0,
+            t,
+            eps,
+            schedule=self.schedule,
+            objective=self.recipe.diffusion.objective,
         )
         loss = losses.mean()
         loss.backward()

@@ -112,6 +112,8 @@ def train(
     """
     training = trainee.training
     step, history = resume(trainee, work)
+    if step == 0:
+        show(trainee, 0, report)
     saved_at = time.monotonic()
     while step < training.num_steps:
         torch.manual_seed(seed_of(training.seed, step, "layers"))  # dropout draws from the global generator
@@ -125,13 +127,18 @@ def train(
             images // training.picture_every_images
             > (images - training.batch_size) // training.picture_every_images
         ):
-            for name, png in trainee.look().items():
-                report.picture(name, images, png)
+            show(trainee, images, report)
         if time.monotonic() - saved_at > checkpoint_every_s or step == training.num_steps:
             report.flush()
             save_checkpoint(work, Checkpoint(step, trainee.tensors(), history))
             saved_at = time.monotonic()
     return history
+
+
+def show(trainee: Trainee, images: int, report: Report) -> None:
+    """Report what the trainee looks like after so many images; the series begin at 0, untrained."""
+    for name, png in trainee.look().items():
+        report.picture(name, images, png)
 
 
 def resume(trainee: Trainee, work: WorkArea) -> tuple[int, History]:

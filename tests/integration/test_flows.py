@@ -100,8 +100,8 @@ def test_every_stage_is_one_finished_run_with_parameters_costs_and_manifest(tiny
 @pytest.mark.parametrize(
     ("stage", "series", "count"),
     [
-        ("train-first-stage", "reconstructions", 2),
-        ("train-ldm", "samples", 2),
+        ("train-first-stage", "reconstructions", 3),
+        ("train-ldm", "samples", 3),
         ("train-ldm", "loss_curves", 1),
         ("evaluate", "samples", 1),
         ("evaluate", "reconstructions", 1),

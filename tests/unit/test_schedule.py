@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.diffusion.objective import draw_timesteps, eps_loss
+from ldm.diffusion.objective import Objective, draw_timesteps, eps_of_prediction, prediction_loss
 from ldm.diffusion.schedule import linear_schedule
 
 
@@ -43,7 +43,7 @@ def test_the_loss_is_the_mean_squared_error_of_each_samples_noise() -> None:
     x_0, t = torch.zeros(3, 2, 4, 4), torch.tensor([0, 500, 999])
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
     offset = torch.tensor([0.0, 1.0, 3.0]).view(3, 1, 1, 1)
-    losses = eps_loss(lambda x_t, t: eps + offset, x_0, t, eps, schedule=schedule)
+    losses = prediction_loss(lambda x_t, t: eps + offset, x_0, t, eps, schedule=schedule, objective="eps")
     torch.testing.assert_close(losses, torch.tensor([0.0, 1.0, 9.0]))
 
 
@@ -51,3 +51,17 @@ def test_time_steps_are_uniform_over_all() -> None:
     counts = draw_timesteps(40_000, 4, torch.Generator().manual_seed(0)).bincount(minlength=4)
     assert len(counts) == 4
     assert ((counts - 10_000).abs() < 400).all()
+
+
+@pytest.mark.parametrize("objective", ["eps", "v"])
+def test_a_perfect_prediction_has_no_loss_and_means_the_true_noise(objective: Objective) -> None:
+    schedule = linear_schedule(1000, 0.0015, 0.0195)
+    draws = torch.Generator().manual_seed(0)
+    x_0, eps = (torch.randn(8, 4, 2, 2, generator=draws) for _ in range(2))
+    t = torch.linspace(0, 999, 8).long()
+    target = eps if objective == "eps" else schedule.velocity(x_0, t, eps)
+    losses = prediction_loss(lambda x_t, t: target, x_0, t, eps, schedule=schedule, objective=objective)
+    assert losses.max() == 0
+    x_t = schedule.add_noise(x_0, t, eps)
+    meant = eps_of_prediction(target, x_t, t, schedule=schedule, objective=objective)
+    torch.testing.assert_close(meant, eps, rtol=1e-4, atol=1e-4)
