@@ -212,7 +212,7 @@ class Diffusion(Config):
     linear_end: float = Field(default=0.0195, gt=0, lt=1)
     """First and last beta; the square roots are spaced evenly."""
     objective: Literal["eps", "v"] = "eps"
-    """What the UNet predicts: the noise, or Salimans & Ho's v, which gets large shapes and colours right sooner."""
+    """What the UNet predicts: the noise, or v (Salimans & Ho 2022), which gets large shapes right sooner."""
 
 
 class Sampling(Config):

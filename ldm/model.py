@@ -63,8 +63,9 @@ class LatentDiffusion:
         return conditioner(torch.where(labels < 0, conditioner.num_classes, labels))
 
     def predict(self, x_t: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
-        """Eps (B, C, h, w) of noisy scaled latents at time steps t (B,)."""
-        return self.networks.unet(x_t, t, context)
+        """The noise eps (B, C, h, w) in noisy scaled latents at time steps t (B,)."""
+        prediction = self.networks.unet(x_t, t, context)
+        return eps_of_prediction(prediction, x_t, t, schedule=self.schedule, objective=self.objective)
 
     def decode(self, latents: Tensor, *, micro_batch: int) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of scaled latents."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.diffusion.schedule import Schedule
 
 Objective = Literal["eps", "v"]
-"""`eps`: the noise, as in the paper. `v`: a mix of noise and signal, which stays well posed where noise is all there is."""
+"""`eps`: the noise, as in the paper. `v`: noise and signal mixed, well posed where noise is all."""
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x_t, t) -> eps: what samplers know of a network; conditions are bound before."""

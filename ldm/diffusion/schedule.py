@@ -35,7 +35,7 @@ class Schedule:
         return (x_t - at((1.0 - self.alpha_bar).sqrt(), t, x_t) * eps) / at(self.alpha_bar.sqrt(), t, x_t)
 
     def velocity(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022, App. D)."""
+        """Velocity v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022, App. D)."""
         return at(self.alpha_bar.sqrt(), t, x_0) * eps - at((1.0 - self.alpha_bar).sqrt(), t, x_0) * x_0
 
     def eps_of_velocity(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:

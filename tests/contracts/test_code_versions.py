@@ -1,8 +1,8 @@
 """What a stage makes of a fixed tiny input is written down here, beside its version (decision 0007).
 
 When a test fails because a stage's output changed on purpose, raise the stage's version (`code_version`, or
-`CODE_VERSION` of datasets) and put the numbers of the failing test's message here. Training is compared within a
-tolerance, because other processors give other last bits.
+When a test fails because a stage's output changed on purpose, raise the stage's version (`code_version`,
+or `CODE_VERSION` in datasets) and put the numbers of the failing test's message here. Training is compared within a
 """
 
 import json
