@@ -16,14 +16,19 @@ from ldm.weights import FID_INCEPTION, VGG16_LPIPS, locate
 
 
 @lru_cache(maxsize=4)
+def list_of(dataset_json: str) -> ListPlan:
+    """The plan of the list of a data set, given as JSON; a folder's pictures are read once in a process."""
+    return plan_list(DatasetConfig.model_validate_json(dataset_json))
+
+
 def planned_list(dataset: DatasetConfig) -> ListPlan:
-    """The plan of a data set's list, made once in a process: every stage of a run sees the same pictures.
+    """The plan of a data set's list, the same for every stage of a run.
 
     Raises:
         MissingDataError: the pictures are not where the data set says.
         ConfigError: the classes named do not fit the pictures.
     """
-    return plan_list(dataset)
+    return list_of(dataset.model_dump_json())
 
 
 def find_shards(store: Store, dataset: DatasetConfig) -> Manifest | None:

@@ -1,4 +1,4 @@
-"""The scores people read, in the order of their importance: label, name in scores.json, what to make of it."""
+"""The scores people read, most important first: label, name in scores.json, what to make of it."""
 
 ROWS = (
     ("FID of samples", "fid", "lower is better"),

@@ -1,8 +1,8 @@
 """What a stage makes of a fixed tiny input is written down here, beside its version (decision 0007).
 
 When a test fails because a stage's output changed on purpose, raise the stage's version (`code_version`, or
-When a test fails because a stage's output changed on purpose, raise the stage's version (`code_version`,
-or `CODE_VERSION` in datasets) and put the numbers of the failing test's message here. Training is compared within a
+`CODE_VERSION` in datasets) and put the numbers of the failing test's message here. Training is compared within
+a tolerance, because other processors give other last bits.
 """
 
 import json
@@ -14,9 +14,9 @@ from ldm.stages.stage import Job
 from ldm.training.loop import Silent
 
 TOLERANCE = 2e-3
-FIRST_STAGE = (1, 0.0)
-LATENTS = (1, 0.0)
-UNET = (1, 0.0)
+FIRST_STAGE = (1, 0.46793)
+LATENTS = (1, 6.7026)
+UNET = (1, 0.92506)
 
 
 def last(values: dict[str, list[list[float]]]) -> float:

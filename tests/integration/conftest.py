@@ -63,7 +63,7 @@ def ldm() -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture(scope="session")
 def ldm_started() -> Callable[..., subprocess.Popen[str]]:
     """Starts `ldm` with these arguments; what it prints is lost."""
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return lambda *arguments: subprocess.Popen(**(ldm_command(*arguments) | silent))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -143,7 +142,7 @@ def test_a_candidate_keeps_its_own_training_and_takes_other_sampling(tiny_store:
     assert request.find("evaluate") is None
     assert request.recipe.sampling.steps == 3
     assert not request.build
-    with pytest.raises(RecipeError, match="only evaluation and sampling can be set, got 'training.lr=1'"):
+    with pytest.raises(RecipeError, match=r"only evaluation and sampling can be set, got 'training\.lr=1'"):
         Request.resolve("demo", ["training.lr=1"], str(tiny_store), model="candidate")
 
 
@@ -218,10 +217,10 @@ def test_list_status_logs_and_recipes_show_what_there_is(tiny_store: Path, cli: 
     status, work, _ = cli("status", "--store", str(tiny_store))
     assert status == 0
     assert all(stage in work for stage in CHAIN)
-    status, log, _ = cli("logs", "train-ldm", "--store", str(tiny_store), "--lines", "3")
+    status, log, _ = cli("logs", "train-ldm", "--store", str(tiny_store), "--lines", "1")
     assert status == 0
     assert "finished" in log
-    assert len(log.splitlines()) == 4
+    assert len(log.splitlines()) == 2
     status, recipes, _ = cli("recipes")
     assert status == 0
     assert {"demo", "celebahq", "cats-64"} <= set(recipes.split())
@@ -262,7 +261,7 @@ def test_reproduce_from_the_command_line_and_again(
     assert first.returncode == 0, first.stderr
     assert first.stdout.count(" made ") == len(CHAIN)
     assert "Look at" in first.stdout
-    assert "train-ldm: 96 of 96 images" in first.stderr or "train-ldm" in first.stderr
+    assert re.search(r"train-ldm \w+ finished: 96 images in [\d.]+ s, [\d.]+ images/s", first.stderr)
     started = time.monotonic()
     second = ldm(*command)
     assert time.monotonic() - started < 60
@@ -316,4 +315,3 @@ def test_nothing_of_a_killed_run_stays(
     run.wait()
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
-    assert os.getpid()
