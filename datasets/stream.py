@@ -252,6 +252,11 @@ class SampleReader:
             values = values.astype(np.float32, copy=False)
         return {first.field: values, "class_label": labels, "key": keys}
 
+    def in_order(self, seed: int, *, position: int, count: int) -> dict[str, Any]:
+        """Return the `count` samples from `position` on of the endless seeded order, like ``fetch``."""
+        order = sample_order(seed, len(self), position=position, count=count, shard_sizes=self.shard_sizes)
+        return self.fetch(order)
+
     def _shard(self, shard: int) -> DecodedShard:
         """Return a decoded shard, from memory if it is there."""
         if shard in self._decoded:

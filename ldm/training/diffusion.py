@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from datasets.stream import SampleReader, sample_order
+from datasets.stream import SampleReader
 from ldm.config import Recipe, Training
 from ldm.diffusion.objective import draw_timesteps, prediction_loss
 from ldm.diffusion.schedule import linear_schedule
@@ -60,14 +60,8 @@ class DiffusionTrainee:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Scaled latents (B, C, h, w) and labels (B,) of the step-th batch."""
         training = self.training
-        indices = sample_order(
-            training.seed,
-            len(self.reader),
-            position=step * training.batch_size,
-            count=training.batch_size,
-            shard_sizes=self.reader.shard_sizes,
-        )
-        samples = self.reader.fetch(indices)
+        position = step * training.batch_size
+        samples = self.reader.in_order(training.seed, position=position, count=training.batch_size)
         stored = torch.from_numpy(samples["latent"])
         draws = generator(training.seed, step, "posterior")
         latents = scaled_latent(self.first_stage, stored, self.contract, generator=draws)

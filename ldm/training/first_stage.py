@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets.stream import SampleReader, sample_order
+from datasets.stream import SampleReader
 from ldm.config import FirstStageLoss, FirstStageRecipe, Training
 from ldm.models.autoencoder import to_channels_last
 from ldm.models.discriminator import PatchDiscriminator, hinge_loss
@@ -126,14 +126,9 @@ class FirstStageTrainee:
     def batch(self, step: int) -> Tensor:
         """Pictures of the step-th batch, (B, 3, H, W) in [-1, 1], channels-last."""
         training = self.training
-        indices = sample_order(
-            training.seed,
-            len(self.reader),
-            position=step * training.batch_size,
-            count=training.batch_size,
-            shard_sizes=self.reader.shard_sizes,
-        )
-        x = from_uint8(self.reader.fetch(indices)["image"])
+        position = step * training.batch_size
+        samples = self.reader.in_order(training.seed, position=position, count=training.batch_size)
+        x = from_uint8(samples["image"])
         if training.mirror:
             mirrored = torch.rand(len(x), generator=generator(training.seed, step, "mirror")) < 0.5
             x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
