@@ -1,7 +1,7 @@
 """What a stage makes of a fixed tiny input is written down here, beside its version (decision 0007).
 
-When a test fails because a stage's output changed on purpose, raise the stage's version (`code_version`, or
-`CODE_VERSION` in datasets) and put the numbers of the failing test's message here. Training is compared within
+When a test fails because a stage's output was changed on purpose, raise its version (`code_version`, or
+`CODE_VERSION` in datasets) and put in the numbers of the failing test's message. Training is compared within
 a tolerance, because other processors give other last bits.
 """
 

@@ -56,7 +56,7 @@ def recipe(folder: Path, text: str, *, pictures: Sequence[tuple[str, bytes]] = (
         ("demo --set dataset=dogs", r"data set .* got 'dogs'; known names: cats, celebahq"),
         ("demo --set first_stage=nope", r"unknown first stage 'nope': known are .*cats-vq-f4"),
         ("demo --set training.nim_images=5", r"unknown key 'training.nim_images'; did you mean 'num_images'"),
-        ("demo --set dataset.source.trian=5", r"unknown key 'dataset.source.trian'; did you mean 'train'"),
+        ("demo --set dataset.source.trains=5", r"unknown key 'dataset.source.trains'; did you mean 'train'"),
         ("demo --set nope.x=5", r"unknown key 'nope'; known: .*training"),
         ("demo --set training.lr", r"--set takes key=value .* got 'training.lr'"),
         ("demo --set training.lr=[", r"the value of --set training.lr= must be YAML, got '\['"),

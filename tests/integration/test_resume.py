@@ -13,7 +13,7 @@ from datasets.store import Store
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 # Long enough that both trainings pass a checkpoint, which comes every 20 seconds.
-LONGER = ["first_stage.training.num_images=1600", "training.num_images=6400"]
+LONGER = ["first_stage.training.num_images=1600", "training.num_images=3200"]
 MOMENTS = [
     ("download-shards", "mlflow.json"),
     ("train-first-stage", "mlflow.json"),
