@@ -1,5 +1,6 @@
 """The stage train-ldm: latent shards -> a trained UNet and conditioning encoder."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,14 +89,13 @@ def grid_labels(num_classes: int, *, per_class: int) -> list[int]:
     return [label for label in range(min(num_classes, MAX_GRID_CLASSES)) for _ in range(per_class)]
 
 
-def sample_grid(model: LatentDiffusion, recipe: Recipe, *, per_class: int, steps: int | None = None) -> bytes:
-    """PNG of samples, a row for each class."""
+def sample_grid(model: LatentDiffusion, recipe: Recipe, *, per_class: int, steps: int) -> bytes:
+    """PNG of samples, class after class, about as wide as high, as trackers show small pictures best."""
     labels = grid_labels(len(model.classes), per_class=per_class)
-    sampling = recipe.sampling.model_copy(
-        update={"micro_batch": len(labels), "steps": steps or recipe.sampling.steps}
-    )
+    sampling = recipe.sampling.model_copy(update={"micro_batch": len(labels), "steps": steps})
     images = to_uint8(model.sample(labels, sampling))
-    return labelled_grid(images, model.classes, per_class=per_class)
+    columns = per_class * max(1, round(math.sqrt(len(labels)) / per_class))
+    return png(grid(images, columns=columns, scale=max(1, 96 // images.shape[1])))
 
 
 def labelled_grid(images: np.ndarray, classes: Sequence[str], *, per_class: int) -> bytes:
