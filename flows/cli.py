@@ -13,7 +13,7 @@ from cyclopts.validators import Number
 
 EXIT_REFUSED = 2
 
-app = App(
+commands = App(
     name="ldm",
     help=(
         "Train latent diffusion models: download, first stage, latents, UNet, scores.\n\n"
@@ -70,13 +70,13 @@ def run_flow(name: str, recipe: str, overrides: list[str] | None, store: str, **
     print_summary(request, outcome if isinstance(outcome, list) else [outcome])
 
 
-@app.command(name="download-shards")
+@commands.command(name="download-shards")
 def download_shards(recipe: RecipeName, *, set: Overrides = None, store: StoreUri = DEFAULT_STORE) -> None:
     """Fetch, curate and shard the pictures of a recipe's data set."""
     run_flow("download-shards", recipe, set, store)
 
 
-@app.command(name="train-first-stage")
+@commands.command(name="train-first-stage")
 def train_first_stage(
     recipe: RecipeName,
     *,
@@ -88,7 +88,7 @@ def train_first_stage(
     run_flow("train-first-stage", recipe, set, store, build=build)
 
 
-@app.command(name="encode-latents")
+@commands.command(name="encode-latents")
 def encode_latents(
     recipe: RecipeName,
     *,
@@ -100,7 +100,7 @@ def encode_latents(
     run_flow("encode-latents", recipe, set, store, build=build)
 
 
-@app.command(name="train-ldm")
+@commands.command(name="train-ldm")
 def train_ldm(
     recipe: RecipeName,
     *,
@@ -112,7 +112,7 @@ def train_ldm(
     run_flow("train-ldm", recipe, set, store, build=build)
 
 
-@app.command
+@commands.command
 def evaluate(
     recipe: RecipeName,
     *,
@@ -127,13 +127,13 @@ def evaluate(
     run_flow("evaluate", recipe, set, store, build=build, model=model)
 
 
-@app.command
+@commands.command
 def reproduce(recipe: RecipeName, *, set: Overrides = None, store: StoreUri = DEFAULT_STORE) -> None:
     """Run a recipe from the URL list to the scores."""
     run_flow("reproduce", recipe, set, store)
 
 
-@app.command
+@commands.command
 def sample(
     model: Annotated[str, Parameter(help="`ldm-demo`, `ldm-demo@candidate`, or the first digits of a key.")],
     *,
@@ -166,7 +166,7 @@ def sample(
     )
 
 
-@app.command
+@commands.command
 def recipes() -> None:
     """List the recipes that come with the package."""
     from flows.listing import print_recipes
@@ -174,7 +174,7 @@ def recipes() -> None:
     print_recipes()
 
 
-@app.command(name="list")
+@commands.command(name="list")
 def list_artifacts(*, store: StoreUri = DEFAULT_STORE) -> None:
     """List the artifacts of a store: what exists, how large it is, what it cost, what it is made of."""
     from flows.listing import print_artifacts
@@ -182,7 +182,7 @@ def list_artifacts(*, store: StoreUri = DEFAULT_STORE) -> None:
     print_artifacts(store)
 
 
-@app.command
+@commands.command
 def status(*, store: StoreUri = DEFAULT_STORE) -> None:
     """Say what runs, how far it is, and what was cut off."""
     from flows.listing import print_status
@@ -190,7 +190,7 @@ def status(*, store: StoreUri = DEFAULT_STORE) -> None:
     print_status(store)
 
 
-@app.command
+@commands.command
 def logs(
     stage: Annotated[
         str | None, Parameter(help="A stage's name; the stage that ran last by default.")
@@ -205,14 +205,14 @@ def logs(
     print_log(store, stage, lines)
 
 
-def main() -> None:
+def app() -> None:
     """Run the command line; a foreseen error is one message on stderr and exit status 2."""
     from datasets.errors import DatasetsError
     from ldm.errors import LdmError
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that exit handlers run
     try:
-        app(sys.argv[1:])
+        commands(sys.argv[1:])
     except (DatasetsError, LdmError) as error:
         print(f"ldm: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)

@@ -1,5 +1,6 @@
 """prefect.yaml says what is true: every entrypoint is a flow of that name, with parameters that it takes."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def test_nightly_scores_the_candidate_on_a_schedule() -> None:
 
 
 def test_flows_and_their_verbs_share_their_names() -> None:
-    from flows.cli import app
+    from flows.cli import commands
 
-    assert {app[name].name[0] for name in FLOWS} == set(FLOWS)
+    assert {commands[name].name[0] for name in FLOWS} == set(FLOWS)
+
+
+def test_the_console_script_is_what_turns_foreseen_errors_into_one_message() -> None:
+    from flows.cli import app, commands
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["scripts"] == {"ldm": f"{app.__module__}:{app.__name__}"}
+    assert app is not commands

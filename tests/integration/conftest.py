@@ -45,7 +45,7 @@ def ldm_command(*arguments: str) -> dict[str, Any]:
     users = ("PREFECT_", "MLFLOW_", "LDM_")
     environ = {name: value for name, value in os.environ.items() if not name.startswith(users)}
     return {
-        "args": [sys.executable, "-c", "from flows.cli import main; main()", *arguments],
+        "args": [sys.executable, "-c", "from flows.cli import app; app()", *arguments],
         "cwd": ROOT,
         "env": environ,
         "stdout": subprocess.PIPE,
@@ -90,7 +90,7 @@ def cli(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs `ldm` in this process: exit status, stdout, stderr; environment and signals are put back."""
-    from flows.cli import main
+    from flows.cli import app
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["ldm", *arguments])
@@ -98,7 +98,7 @@ def cli(
         status = 0
         with patch.dict(os.environ):
             try:
-                main()
+                app()
             except SystemExit as end:
                 status = int(end.code or 0)
             finally:

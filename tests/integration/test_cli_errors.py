@@ -19,9 +19,9 @@ Cli = Callable[..., tuple[int, str, str]]
 # Runs the command line and says which of the slow packages were imported for it.
 COUNT_IMPORTS = """
 import sys
-from flows.cli import main
+from flows.cli import app
 try:
-    main()
+    app()
 finally:
     print(*[name for name in ("torch", "prefect", "mlflow", "img2dataset") if name in sys.modules])
 """

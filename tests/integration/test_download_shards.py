@@ -87,8 +87,8 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-# Version and train shard of CATS: raise the version when its bytes change on purpose (decision 0007). They also
-# change with Pillow and zlib, which the list's key includes.
+# Version and train shard of CATS: raise the version when its bytes change on purpose (decision 0007). They
+# also change with Pillow and zlib, which the list's key includes.
 GOLDEN = (1, "afac2f6d94ea8e84982907006596d032275d7a9e7749b0e2cb83253002af8b67")
 
 
