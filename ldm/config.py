@@ -293,9 +293,11 @@ class Recipe(Config):
         return self
 
 
-def require_divisible(what: str, value: int, divisor: int, why: str) -> None:
-    """Raise ValueError with the neighbours that would do, unless `divisor` divides `value`."""
+def require_divisible(
+    what: str, value: int, divisor: int, why: str, *, error: type[Exception] = ValueError
+) -> None:
+    """Raise `error` with the neighbours that would do, unless `divisor` divides `value`."""
     if value % divisor:
         below, above = value // divisor * divisor, -(-value // divisor) * divisor
         cure = f"use {below} or {above}" if below else f"use {above}"
-        raise ValueError(f"{what} ({value}) must be divisible by {divisor} ({why}); {cure}")
+        raise error(f"{what} ({value}) must be divisible by {divisor} ({why}); {cure}")

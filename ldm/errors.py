@@ -3,6 +3,7 @@
     LdmError
     |-- RecipeError         a recipe names something unknown or holds a value out of range
     |-- ContractError       two artefacts do not fit each other (latents and first stage, shapes, ranges)
+    |-- CheckpointError     a foreign checkpoint is damaged, hostile, or does not fit its config
     |-- WeightsError        packaged weights are missing or are not the bytes expected
     |-- TrainingError       a run cannot go on (loss not finite too often, a checkpoint of another recipe)
     `-- ModelNotFoundError  no finished model has the name or the key asked for
@@ -22,6 +23,10 @@ class RecipeError(LdmError):
 
 class ContractError(LdmError):
     """Two artefacts were put together that do not belong together."""
+
+
+class CheckpointError(LdmError):
+    """A checkpoint or model folder from outside cannot be used: damaged, hostile, or of another model."""
 
 
 class WeightsError(LdmError):

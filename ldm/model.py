@@ -1,4 +1,4 @@
-"""A trained latent diffusion model as one object: encode, decode, condition, predict, sample.
+"""Trained models as objects: an autoencoder, and a latent diffusion model that conditions, predicts, samples.
 
 B batch, C channels of the latent, h w its height and width, H W those of the picture.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from datasets.manifest import Manifest
 from datasets.store import Store
-from ldm.config import FirstStageModel, Recipe, Sampling
+from ldm.config import FirstStageModel, Recipe, Sampling, require_divisible
 from ldm.diffusion.ddim import sample_ddim
 from ldm.diffusion.guidance import guide
 from ldm.diffusion.objective import Objective, eps_of_prediction
@@ -24,6 +24,78 @@ from ldm.models.unet import UNet, build_unet
 from ldm.training.randomness import generator
 
 WEIGHTS = "weights.safetensors"
+MAX_PIXEL = 1.001
+"""Largest size of a pixel that still counts as lying in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """A trained first stage as one object; it checks what it is given."""
+
+    first_stage: FirstStage
+    config: FirstStageModel
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents (B, C, h, w): VQ before quantisation, KL the posterior's mean.
+
+        Args:
+            x: (B, 3, H, W) pictures in [-1, 1]; H and W divisible by f.
+
+        Raises:
+            ContractError: another shape, a number that is not finite, or a range that is not [-1, 1].
+        """
+        self.check_pictures(x)
+        with torch.no_grad():
+            stored = self.first_stage.encode(x.contiguous(memory_format=torch.channels_last))
+            return self.first_stage.latent(stored, None)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures (B, 3, h * f, w * f), nominally in [-1, 1], of unscaled latents; VQ quantises first.
+
+        Args:
+            z: (B, C, h, w) latents as `encode` gives them.
+
+        Raises:
+            ContractError: another number of channels, or a number that is not finite.
+        """
+        self.check_latents(z)
+        with torch.no_grad():
+            return self.first_stage.decode(z.contiguous(memory_format=torch.channels_last))
+
+    def check_pictures(self, x: Tensor) -> None:
+        """Refuse what is not a batch of pictures for this first stage."""
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ContractError(
+                f"pictures must have the shape (B, 3, H, W), got {tuple(x.shape)}; bring grey and "
+                "transparent pictures to RGB first"
+            )
+        for side, size in zip(("height", "width"), x.shape[2:], strict=True):
+            require_divisible(f"the {side} of a picture", size, self.config.factor, "f", error=ContractError)
+        check_finite("pictures", x)
+        if float(x.abs().amax()) > MAX_PIXEL:
+            raise ContractError(
+                f"pictures must lie in [-1, 1], got values up to {float(x.abs().amax()):.4g}; "
+                "divide bytes by 127.5 and subtract 1 (ldm.range.from_uint8)"
+            )
+
+    def check_latents(self, z: Tensor) -> None:
+        """Refuse what is not a batch of latents of this first stage."""
+        if z.ndim != 4 or z.shape[1] != self.config.embed_dim:
+            raise ContractError(
+                f"latents of this first stage must have the shape (B, {self.config.embed_dim}, h, w), "
+                f"got {tuple(z.shape)}; were they made by another first stage?"
+            )
+        check_finite("latents", z)
+
+
+def check_finite(what: str, values: Tensor) -> None:
+    """Refuse NaN and infinity, saying how many there are."""
+    wrong = int((~values.isfinite()).sum())
+    if wrong:
+        raise ContractError(
+            f"{what} must be finite, got {wrong} of {values.numel()} numbers that are NaN or infinite; "
+            "look at where they come from"
+        )
 
 
 class Denoising(nn.Module):
