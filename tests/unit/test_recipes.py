@@ -12,7 +12,7 @@ from ldm.models.unet import build_unet
 from ldm.recipe import FIRST_STAGES, RECIPES, load_recipe, read_yaml, recipe_names
 
 LDM = ["cats-64", "celebahq", "demo"]
-CATS = ["cats-64-vq-f4", "cats-vq-f4"]
+CATS = ["cats-64-vq-f4", "cats-kl-f4", "cats-vq-f16", "cats-vq-f2", "cats-vq-f4", "cats-vq-f8"]
 # Autoencoders of the published configs, counted from the published code (paper Tab. 8).
 PUBLISHED = {
     "kl-f4": 55_312_063,
