@@ -266,7 +266,10 @@ def check_unet(recipe: Recipe) -> None:
             f"unet.num_classes ({unet.num_classes}) belongs to `conditioning: {{kind: class_vector}}`; "
             "set both or neither"
         )
-    if isinstance(conditioning, LowResConditioning | SegmentationConditioning) and conditioning.factor != first_stage.factor:
+    if (
+        isinstance(conditioning, LowResConditioning | SegmentationConditioning)
+        and conditioning.factor != first_stage.factor
+    ):
         raise ValueError(
             f"a {conditioning.kind} condition comes at 1/{conditioning.factor} of the picture's side, but it "
             f"must have the latent's, 1/{first_stage.factor}; choose a first stage of "

@@ -1,7 +1,7 @@
 """What the networks of the second stage are: the UNet, and the encoder of what is asked for.
 
-A conditioning enters the UNet in one of three ways: as tokens that it attends to (`context_dim`), as maps beside
-the noisy latent (`concat_channels`), or as a vector added to the time embedding (kind class_vector).
+A conditioning enters the UNet in one of three ways: as tokens that it attends to (`context_dim`), as maps
+beside the noisy latent (`concat_channels`), or as a vector added to the time embedding (kind class_vector).
 """
 
 from typing import ClassVar, Literal, Self
@@ -43,13 +43,15 @@ class UNetConfig(Config):
     """Width of the condition's tokens; None builds plain self-attention."""
     transformer_depth: int = Field(default=1, ge=1)
     one_head_transformers: bool = Field(default=False, exclude_if=is_unset)
-    """Every transformer has one head, whatever head_channels says. So three published checkpoints were trained
-    (cin256, text2img256, layout2img-openimages256): until April 2022 the published code ignored the width of a
-    head in transformers. Their weights load either way and give noise when read with several heads."""
+    """Every transformer has one head, whatever head_channels says.
+
+    So three published checkpoints must be read (cin256, text2img256, layout2img-openimages256): until April
+    2022 the published code ignored head_channels in transformers. Their weights load either way, but with
+    several heads they compute something else than was trained."""
     resblock_updown: bool = Field(default=False, exclude_if=is_unset)
     """Resolution changes inside a residual block (BigGAN) instead of by a convolution of its own."""
     scale_shift_norm: bool = Field(default=False, exclude_if=is_unset)
-    """The time embedding scales and shifts a block's second normalisation instead of being added before it."""
+    """The time embedding scales and shifts a block's second normalisation; else it is added before it."""
     num_classes: int | None = Field(default=None, ge=1, exclude_if=is_unset)
     """Rows of a table of class vectors that are added to the time embedding (ADM); None builds no table."""
     checkpoint_activations: bool = Field(default=False, exclude_if=is_unset)
@@ -103,6 +105,7 @@ class MapCondition(Config):
     context_dim: ClassVar[None] = None
     has_null: ClassVar[bool] = True
 
+
 class ClassConditioning(TokenCondition):
     """One learned token per class (paper Sec. 4.3.1, Tab. 13)."""
 
@@ -149,7 +152,7 @@ class CaptionConditioning(TokenCondition):
 
     kind: Literal["caption"]
     encoder: Literal["transformer", "minilm"] = "transformer"
-    """`transformer` is trained with the UNet, as in the paper; `minilm` is pretrained and frozen, 384 wide."""
+    """`transformer` is trained with the UNet, as in the paper; `minilm` is pretrained, frozen, 384 wide."""
     context_dim: int = Field(default=1280, ge=1)
     depth: int = Field(default=32, ge=1)
     """Blocks of the transformer; `minilm` has its own six."""
@@ -183,7 +186,7 @@ class LayoutConditioning(TokenCondition):
 
 
 class EmbeddingsConditioning(TokenCondition):
-    """Vectors of an encoder outside, attended to as they are: the neighbours of retrieval-augmented models."""
+    """Vectors of some encoder, attended to as they are: the neighbours of retrieval-augmented models."""
 
     kind: Literal["embeddings"]
     context_dim: int = Field(default=768, ge=1)

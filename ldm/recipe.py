@@ -107,7 +107,12 @@ def lay_over(raw: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """
     raw = dict(raw)
     below, above = raw.get("conditioning"), over.get("conditioning")
-    if isinstance(below, dict) and isinstance(above, dict) and "kind" in above and above["kind"] != below.get("kind"):
+    if (
+        isinstance(below, dict)
+        and isinstance(above, dict)
+        and "kind" in above
+        and above["kind"] != below.get("kind")
+    ):
         raw.pop("conditioning")
     for section in SECTIONS:
         upper = over.get(section)

@@ -1,7 +1,8 @@
 """Layouts as tokens: 30 objects of three tokens each, and two tokens for the crop (paper Sec. 4.3.2, D.3).
 
-An object is its class, its top left and its bottom right corner. A corner is one token: its place on a grid of
-G x G points over the picture, G = floor(sqrt(vocabulary)). The last token of the vocabulary marks what is empty.
+An object is its class, its top left and its bottom right corner. A corner is one token: its place on a grid
+of G x G points over the picture, G = floor(sqrt(vocabulary)). The last token of the vocabulary marks what is
+empty.
 
 The tokens are those of taming-transformers' builder, with which the published layout model was trained.
 """
@@ -68,13 +69,13 @@ def layout_tokens(
 ) -> np.ndarray:
     """Return the tokens of a layout, int64 (3 * max_objects + 2,): objects, empty slots, the crop's corners.
 
-    Objects that lie wholly outside the crop are left out, and those past ``max_objects``. Boxes stay where they
-    are in the whole picture: the crop's corners say which part of it is shown.
+    Objects that lie wholly outside the crop are left out, and those past ``max_objects``. Boxes stay where
+    they are in the whole picture: the crop's corners say which part of it is shown.
 
     Args:
         objects: Things in the picture.
         crop: The part of the picture that is shown.
-        mirror: Whether the crop is shown mirrored left to right; then boxes and crop are mirrored in the picture.
+        mirror: Whether the picture is shown mirrored left to right; then boxes and crop are, too.
         flags_of: The number of classes, to add the flags of an object to its class token (group 1,
             occluded 2, depiction 4, inside 8, times the number of classes); ``None`` leaves flags out.
         vocabulary: Number of tokens.

@@ -66,8 +66,8 @@ def _vocabulary() -> bytes:
     found = [root / VOCABULARY for root in roots if (root / VOCABULARY).is_file()]
     if not found:
         raise MissingDataError(
-            f"captions are cut into the words of {VOCABULARY} in the package {DISTRIBUTION}, which is missing; "
-            "run `make setup`"
+            f"captions are cut into the words of {VOCABULARY} in the package {DISTRIBUTION}, which is "
+            "missing; run `make setup`"
         )
     data = found[0].read_bytes()
     digest = sha256_hex(data)

@@ -2,20 +2,21 @@
 
 B batch, L tokens, D width of a token, C channels, H W height and width of a map, h w those of the latent.
 
-    kind            condition, as a batch holds it                       what the UNet gets       asks for nothing
-    class_label     (B,) int64                                           tokens (B, 1, D)         the last class
-    class_vector    (B,) int64                                           label (B,)               the last class
-    caption         (B, 77) int64 word pieces                            tokens (B, 77, D)        the empty caption
-    layout          (B, 92) int64 layout tokens                          tokens (B, 92, D)        all slots empty
-    embeddings      (B, L, D) vectors                                    tokens (B, L, D)         zeros
-    segmentation    (B, H, W) int64, -1 for no class                     maps (B, 3, h, w)        -1 everywhere
-    low_res         (B, 3, h, w) in [-1, 1]                              maps (B, 3, h, w)        zeros, mid grey
-    masked_image    (B, C + 1, h, w): the encoded rest, and the mask     maps (B, C + 1, h, w)    zeros, all masked
+    kind            condition                               the UNet gets            asks for nothing
+    class_label     (B,) int64                              tokens (B, 1, D)         the last class
+    class_vector    (B,) int64                              label (B,)               the last class
+    caption         (B, 77) int64 word pieces               tokens (B, 77, D)        the empty caption
+    layout          (B, 92) int64 layout tokens             tokens (B, 92, D)        all slots empty
+    embeddings      (B, L, D) vectors                       tokens (B, L, D)         zeros
+    segmentation    (B, H, W) int64, -1 for no class        maps (B, 3, h, w)        -1 everywhere
+    low_res         (B, 3, h, w) in [-1, 1]                 maps (B, 3, h, w)        zeros, mid grey
+    masked_image    (B, C + 1, h, w), see masked_condition  maps (B, C + 1, h, w)    zeros, all masked
 
-Every encoder turns the second column into the third, and its `null` gives the fourth in the shape of the second.
+An encoder turns the second column into the third; its `null` gives the fourth in the shape of the second.
 Differs: the published code has null conditions for captions and (one model) classes alone.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class ClassEmbedder(nn.Module):
 
 
 class AsGiven(nn.Module):
-    """The condition itself; what asks for nothing has one value everywhere, or another in the last channel."""
+    """The condition itself; the null condition has one value, or another one in the last channel."""
 
     def __init__(self, null_value: float = 0, *, last_channel: float | None = None) -> None:
         super().__init__()
@@ -96,13 +97,13 @@ class TokenEncoder(nn.Module):
 
     Args:
         transformer: (B, L) -> (B, L, D).
-        empty: the tokens that ask for nothing, (L,) int64.
+        empty: the tokens that ask for nothing, int64 (L,).
     """
 
-    def __init__(self, transformer: nn.Module, empty: Tensor) -> None:
+    def __init__(self, transformer: nn.Module, *, empty: np.ndarray) -> None:
         super().__init__()
         self.transformer = transformer
-        self.register_buffer("empty", empty, persistent=False)
+        self.empty = empty
 
     def forward(self, tokens: Tensor) -> Tensor:
         """A vector per token."""
@@ -110,7 +111,7 @@ class TokenEncoder(nn.Module):
 
     def null(self, like: Tensor) -> Tensor:
         """The tokens that ask for nothing, (B, L)."""
-        return self.get_buffer("empty").to(like).expand_as(like)
+        return torch.from_numpy(self.empty).to(like).expand_as(like)
 
 
 class SpatialRescaler(nn.Module):
@@ -168,7 +169,7 @@ def drop_labels(labels: Tensor, *, null: int, rate: float, generator: torch.Gene
 
 
 Conditioner = ClassEmbedder | AsGiven | TokenEncoder | SpatialRescaler
-"""An encoder of any kind: called with conditions it gives what the UNet gets; `null` gives null conditions."""
+"""An encoder of any kind: called with conditions, it gives what the UNet gets."""
 
 
 def build_transformer(config: CaptionConditioning | LayoutConditioning) -> Transformer:
@@ -197,10 +198,10 @@ def build_conditioner(config: Conditioning | None, *, num_classes: int) -> Condi
             return AsGiven(num_classes)
         case CaptionConditioning():
             transformer = MiniLM() if config.encoder == "minilm" else build_transformer(config)
-            return TokenEncoder(transformer, torch.from_numpy(empty_caption(config.num_tokens)))
+            return TokenEncoder(transformer, empty=empty_caption(config.num_tokens))
         case LayoutConditioning():
             empty = empty_layout(config.num_tokens, vocabulary=config.vocab_size)
-            return TokenEncoder(build_transformer(config), torch.from_numpy(empty))
+            return TokenEncoder(build_transformer(config), empty=empty)
         case SegmentationConditioning():
             return SpatialRescaler(config.num_classes, config.channels, num_stages=config.num_stages)
         case EmbeddingsConditioning() | LowResConditioning():

@@ -1,8 +1,8 @@
 """The time-conditional UNet (paper Sec. 3.2, 3.3, App. E.2; Dhariwal & Nichol 2021).
 
-B batch, C channels, h w height and width of the latent, L tokens of the condition, D their width, K channels of a
-concatenated condition, E width of the time embedding (4 * model_channels). Parameter names are those of the
-published checkpoints.
+B batch, C channels, h w height and width of the latent, L tokens of the condition, D their width, K channels
+of a concatenated condition, E width of the time embedding (4 * model_channels). Parameter names are those of
+the published checkpoints.
 """
 
 import math
@@ -36,7 +36,7 @@ class ResBlock(nn.Module):
         out_channels: channels of the result.
         dropout: probability before the last convolution.
         groups: groups of both GroupNorms.
-        scale_shift: the embedding scales and shifts the second normalisation instead of being added before it.
+        scale_shift: the embedding scales and shifts the second normalisation; else it is added before it.
         resample: changes the resolution of the branch, before its first convolution, and of the shortcut; it
             has no parameters.
     """
