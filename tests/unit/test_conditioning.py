@@ -164,6 +164,7 @@ def test_a_map_of_one_class_becomes_that_classs_colour_and_borders_their_mixture
     for label in range(5):
         out = rescaler(torch.full((1, 8, 8), label))
         torch.testing.assert_close(out, colours[:, label].reshape(1, 3, 1, 1).expand(1, 3, 2, 2))
+    assert not rescaler(torch.full((1, 8, 8), -1)).any()
     halves = torch.zeros(1, 4, 4, dtype=torch.int64)
     halves[:, :, 2:] = 3
     torch.testing.assert_close(rescaler(halves)[0, :, 0, 0], (colours[:, 0] + colours[:, 3]) / 2)

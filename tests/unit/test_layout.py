@@ -46,6 +46,12 @@ def test_what_lies_outside_the_crop_is_left_out_and_the_rest_stays_where_it_was(
     assert corner(cut[90])[0] == pytest.approx(0.5, abs=0.01)
 
 
+def test_a_mirrored_crop_is_where_it_was_in_the_mirrored_picture() -> None:
+    tokens = layout_tokens([], crop=Box(0.0, 0.0, 0.25, 1.0), mirror=True)
+    assert corner(tokens[90])[0] == pytest.approx(0.75, abs=0.01)
+    assert corner(tokens[91])[0] == 1.0
+
+
 def test_objects_past_the_last_slot_are_left_out() -> None:
     objects = [LayoutObject(label, WHOLE) for label in range(40)]
     assert layout_tokens(objects)[:90:3].tolist() == list(range(30))
