@@ -109,6 +109,8 @@ class Denoising(nn.Module):
 
 def build_denoising(recipe: Recipe, *, num_classes: int) -> Denoising:
     """The networks of a recipe, freshly initialised from torch's global generator."""
+    if recipe.unet.num_classes is not None:  # the table of class vectors ends with the null class
+        num_classes = recipe.unet.num_classes - 1
     return Denoising(build_unet(recipe.unet), build_conditioner(recipe.conditioning, num_classes=num_classes))
 
 

@@ -190,8 +190,6 @@ class EmbeddingsConditioning(TokenCondition):
 
     kind: Literal["embeddings"]
     context_dim: int = Field(default=768, ge=1)
-    num_tokens: int = Field(default=21, ge=1)
-    """Most vectors at once: the picture's or text's own, and its neighbours'."""
 
 
 class SegmentationConditioning(MapCondition):

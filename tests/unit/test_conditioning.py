@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from datasets.conditions.layout import Box, LayoutObject, layout_tokens
 from datasets.conditions.text import caption_tokens
+from ldm.model import build_denoising
 from ldm.models.conditioning import (
+    AsGiven,
     ClassEmbedder,
     Conditioner,
     SpatialRescaler,
@@ -20,6 +22,7 @@ from ldm.models.conditioning import (
 )
 from ldm.models.text_transformer import Transformer
 from ldm.network_config import Conditioning
+from ldm.recipe import load_recipe
 
 CAPTIONS = ["a spotted orange cat", "a plain blue cat"]
 LAYOUT = layout_tokens([LayoutObject(3, Box(0.1, 0.2, 0.3, 0.4))])
@@ -101,6 +104,16 @@ def test_null_conditions_are_those_documented() -> None:
     assert not nulls["low_res"].any()
     assert (nulls["masked_image"][-1] == 1).all()
     assert not nulls["masked_image"][:-1].any()
+
+
+def test_the_null_class_of_class_vectors_is_the_last_row_of_the_unets_table() -> None:
+    changes = ["conditioning={kind: class_vector}", "unet.context_dim=null", "unet.num_classes=16"]
+    networks = build_denoising(load_recipe("demo", changes), num_classes=1)
+    labels = torch.tensor([3, 15])
+    assert isinstance(networks.conditioner, AsGiven)
+    assert networks.conditioner.null(labels).tolist() == [15, 15]
+    x, t = torch.zeros(2, 4, 8, 8), torch.tensor([1, 2])
+    assert networks.unet(x, t, label=networks.conditioner.null(labels)).shape == x.shape
 
 
 def test_without_a_null_class_there_is_a_row_less_and_nothing_to_drop() -> None:
