@@ -88,6 +88,33 @@ def train_first_stage(
     run_flow("train-first-stage", recipe, set, store, build=build)
 
 
+@commands.command(name="evaluate-first-stage")
+def evaluate_first_stage(
+    recipe: RecipeName,
+    *,
+    set: Overrides = None,
+    store: StoreUri = DEFAULT_STORE,
+    build: Build = True,
+) -> None:
+    """Score the recipe's first stage: rFID, PSNR, SSIM, LPIPS, beside those of bicubic scaling."""
+    run_flow("evaluate-first-stage", recipe, set, store, build=build)
+
+
+@commands.command(name="compare-first-stages")
+def compare_first_stages(
+    recipe: RecipeName,
+    *,
+    first_stages: Annotated[
+        list[str],
+        Parameter(help="Names of first stages, e.g. `cats-vq-f2 cats-vq-f4`.", consume_multiple=True),
+    ],
+    set: Overrides = None,
+    store: StoreUri = DEFAULT_STORE,
+) -> None:
+    """Train and score several first stages on the pictures of one recipe (paper Tab. 8)."""
+    run_flow("compare-first-stages", recipe, set, store, first_stages=first_stages)
+
+
 @commands.command(name="encode-latents")
 def encode_latents(
     recipe: RecipeName,

@@ -41,7 +41,7 @@ NOT_YET = {
     "masked_image": ["inpainting-big"],
     "segmentation": ["semantic-synthesis256", "semantic-synthesis512"],
 }
-CATS = ["cats-64-vq-f4", "cats-vq-f4"]
+CATS = ["cats-64-vq-f4", "cats-kl-f4", "cats-vq-f16", "cats-vq-f2", "cats-vq-f4", "cats-vq-f8"]
 # Autoencoders of the published configs, counted from the published code (paper Tab. 8).
 PUBLISHED = {
     "kl-f4": 55_312_063,
