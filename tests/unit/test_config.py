@@ -125,8 +125,8 @@ BROKEN = {
         r"the value of --set unet\.channel_mult= must be YAML, got '\[1,2'",
     ),
     "unknown first stage": (
-        ["first_stage=cats-vq-f5"],
-        r"unknown first stage 'cats-vq-f5': known are .*Did you mean 'cats-vq-f4'\?",
+        ["first_stage=cats-vq-f44"],
+        r"unknown first stage 'cats-vq-f44': known are .*Did you mean 'cats-vq-f4'\?",
     ),
     "no name": (["dataset=[cats]"], r"`dataset` and `first_stage` take a name, or a mapping with one"),
 }
