@@ -142,9 +142,9 @@ def attention_factors(network: Section, num_levels: int) -> tuple[int, ...]:
     """
     resolution, named = network.value("resolution", int), network.many("attn_resolutions", int)
     factors = [2**level for level in range(num_levels)]
-    if resolution < 1 or resolution % factors[-1]:
+    if resolution < 1 or any(resolution % factor for factor in factors):
         raise CheckpointError(
-            f"{network.place('resolution')} ({resolution}) must be divisible by f ({factors[-1]}), so that "
+            f"{network.place('resolution')} ({resolution}) must be divisible by f ({max(factors, default=1)}), so that "
             "attn_resolutions mean the same in encoder and decoder"
         )
     return tuple(factor for factor in factors if resolution // factor in named)

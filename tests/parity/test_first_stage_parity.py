@@ -85,7 +85,7 @@ def outputs_of(folder: Path, given: Mapping[str, Tensor], *, suffix: str) -> dic
 
 
 def differs(got: Tensor, want: Tensor, *, atol: float, rtol: float) -> str:
-    """What is wrong with an output: nothing, or a phrase. Whole numbers must be equal, others within a bound."""
+    """What is wrong with an output, or nothing. Whole numbers must be equal, others within a bound."""
     if got.shape != want.shape:
         return f"shape {tuple(got.shape)} instead of {tuple(want.shape)}"
     if not want.is_floating_point():
@@ -162,6 +162,8 @@ def test_the_config_of_a_recipe_survives_the_published_form(name: str) -> None:
 
 
 def test_the_fixtures_are_the_files_that_their_readme_names() -> None:
-    named = dict(re.findall(r"\| `(\S+)` \| `([0-9a-f]{64})` \|", (FIXTURES / "README.md").read_text("utf-8")))
+    named = dict(
+        re.findall(r"\| `(\S+)` \| `([0-9a-f]{64})` \|", (FIXTURES / "README.md").read_text("utf-8"))
+    )
     files = [path for path in FIXTURES.rglob("*") if path.is_file() and path.name != "README.md"]
     assert named == {path.relative_to(FIXTURES).as_posix(): sha256_file(path) for path in files}
