@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -174,7 +173,7 @@ def read_verified(path: Path, sha256: str) -> dict[str, Tensor]:
     """The tensors of a file with that digest.
 
     Raises:
-        CheckpointError: the file is missing, its digest is another one, or it is no safetensors file.
+        CheckpointError: the file is missing, or its digest is another one.
     """
     try:
         found = sha256_file(path)
@@ -187,21 +186,7 @@ def read_verified(path: Path, sha256: str) -> dict[str, Tensor]:
             f"{path} must have the sha256 of {CARD}, {sha256}; it has {found}; copy the folder "
             "or import again"
         )
-    return read_safetensors(path)
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or no such file.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} must be a readable safetensors file ({error}); copy or convert it again"
-        ) from error
+    return load_file(path)
 
 
 def load_model_folder(folder: Path) -> Autoencoder:

@@ -144,8 +144,8 @@ def attention_factors(network: Section, num_levels: int) -> tuple[int, ...]:
     factors = [2**level for level in range(num_levels)]
     if resolution < 1 or any(resolution % factor for factor in factors):
         raise CheckpointError(
-            f"{network.place('resolution')} ({resolution}) must be divisible by f ({max(factors, default=1)}), so that "
-            "attn_resolutions mean the same in encoder and decoder"
+            f"{network.place('resolution')} ({resolution}) must be divisible by f "
+            f"({max(factors, default=1)}), so that attn_resolutions mean the same in encoder and decoder"
         )
     return tuple(factor for factor in factors if resolution // factor in named)
 

@@ -14,12 +14,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from datasets.keys import sha256_file
+from ldm.bridge.foreign import read_checkpoint
 from ldm.bridge.section import Section, first_stage_model
 from ldm.config import FirstStageModel
 from ldm.errors import CheckpointError
 from ldm.layout import Layout, first_stage_layout, require_layout
-from ldm.model_folder import Origin, StoredModel, dense, read_safetensors
+from ldm.model_folder import Origin, StoredModel, dense
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -87,14 +87,14 @@ def read_first_stage(folder: Path) -> StoredModel:
     """
     section = read_config(folder / CONFIG)
     config = first_stage_config(section)
-    tensors = read_safetensors(folder / WEIGHTS)
-    tensors = {OLD_NAME.sub(lambda old: OLD_ATTENTION[old[0]], name): t for name, t in tensors.items()}
+    found = read_checkpoint(folder / WEIGHTS)
+    tensors = {OLD_NAME.sub(lambda old: OLD_ATTENTION[old[0]], name): t for name, t in found.tensors.items()}
     ours = first_stage_layout(config)
     theirs = diffusers_names(ours)
     require_layout(tensors, diffusers_layout(ours), what=str(folder / WEIGHTS))
     weights = {name: tensors[theirs[name]].reshape(shape) for name, shape in ours.items()}
     facts = {SCALING: section.value(SCALING, float, 0.18215)}
-    origin = Origin(format="diffusers", file=WEIGHTS, sha256=sha256_file(folder / WEIGHTS), facts=facts)
+    origin = Origin(format="diffusers", file=WEIGHTS, sha256=found.sha256, facts=facts)
     return StoredModel(config, weights, origin)
 
 

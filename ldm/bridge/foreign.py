@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ldm.bridge.unpickling import MAX_PICKLE_BYTES, Name, Storage, View, read_pickle
 from ldm.errors import CheckpointError
+from ldm.layout import listed
 
 DTYPES = {
     "torch.DoubleStorage": torch.float64,
@@ -67,7 +68,6 @@ DAMAGE = (
 CURE = (
     "download it again, or save its state dict again with torch.save (torch 1.6 or later) or as safetensors"
 )
-NUM_KEYS_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -289,9 +289,3 @@ def shown(value: object) -> str:
 def kind_of(value: object) -> str:
     """What a value is, without walking into it."""
     return repr(value) if isinstance(value, Name) else type(value).__name__
-
-
-def listed(names: list[str]) -> str:
-    """Names in a row, the first few of many."""
-    more = f" and {len(names) - NUM_KEYS_SHOWN} more" if len(names) > NUM_KEYS_SHOWN else ""
-    return ", ".join(names[:NUM_KEYS_SHOWN]) + more
