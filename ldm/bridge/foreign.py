@@ -124,13 +124,14 @@ def other_format(start: bytes) -> str:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, int | float | str]]:
     """Tensors and metadata of a safetensors file, whose header the library of the format verifies."""
+    tensors: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
-        # The library gives views of the file: a copy stays what it is when the file changes.
-        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        for key in file.keys():  # noqa: SIM118
+            view = file.get_tensor(key)
+            verify_booleans(key, view)
+            tensors[key] = view.clone()  # a view of the file would change with it
         facts = dict(file.metadata() or {})
     verify_keys(tensors)
-    for key, tensor in tensors.items():
-        verify_booleans(key, tensor)
     return tensors, facts
 
 
