@@ -14,7 +14,7 @@ import math
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -41,7 +41,7 @@ DTYPES = {
     "torch.ComplexDoubleStorage": torch.complex128,
 }
 MAX_DIMENSIONS = 64  # torch's own limit
-MAX_EMPTY_ELEMENTS = 1 << 60  # product of an empty tensor's other sizes
+MAX_COUNT = 1 << 60  # product of a tensor's sizes, those of 0 left out
 CHUNK_BYTES = 1 << 20
 
 # Views may share a storage, or repeat a number by a stride of 0: a small file must not fill the memory.
@@ -127,6 +127,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, int | flo
     tensors: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
+            if not representable(file.get_slice(key).get_shape()):
+                raise CheckpointError(f"{shown(key)} has sizes that torch cannot count")
             view = file.get_tensor(key)
             verify_booleans(key, view)
             tensors[key] = view.clone()  # a view of the file would change with it
@@ -233,10 +235,15 @@ def verified_bytes(key: str, view: View, members: Mapping[str, zipfile.ZipInfo])
 
 def inside(view: View) -> bool:
     """Whether every element of a view is one of its storage."""
-    if 0 in view.size:  # it reaches nothing, yet torch multiplies its other sizes
-        return math.prod(size or 1 for size in view.size) < MAX_EMPTY_ELEMENTS
+    if 0 in view.size:
+        return representable(view.size)
     steps = zip(view.size, view.stride, strict=True)
     return view.offset + sum((size - 1) * stride for size, stride in steps) < view.storage.num_elements
+
+
+def representable(sizes: Sequence[int]) -> bool:
+    """Whether torch can count with these sizes; of an empty tensor too it multiplies the others."""
+    return len(sizes) <= MAX_DIMENSIONS and math.prod(size or 1 for size in sizes) < MAX_COUNT
 
 
 def read_tensors(
