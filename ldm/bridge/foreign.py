@@ -14,7 +14,7 @@ import math
 import re
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -201,7 +201,7 @@ def state_dict_and_facts(saved: object) -> tuple[dict[str, View], dict[str, int 
     return state, facts
 
 
-def verify_keys(state: Mapping[object, object]) -> None:
+def verify_keys(state: Collection[object]) -> None:
     """Raise unless there are keys, and all of them are printable text."""
     wrong = [shown(key) for key in state if not (isinstance(key, str) and key.isprintable())]
     if wrong:
@@ -264,7 +264,7 @@ def read_tensors(
 def read_storage(archive: zipfile.ZipFile, member: zipfile.ZipInfo, dtype: torch.dtype) -> Tensor:
     """All numbers of a storage, (N,); zipfile verifies the CRC when the last byte is read."""
     row = torch.empty(member.file_size // dtype.itemsize, dtype=dtype)
-    room = memoryview(row.view(torch.uint8).numpy())
+    room = memoryview(row.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     filled = 0
     with archive.open(member) as stream:
         while chunk := stream.read(CHUNK_BYTES):

@@ -8,15 +8,15 @@ import random
 import re
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from tests.faults.conftest import Archive, Refusal
+Archive = Callable[..., bytes]
+Refusal = Callable[..., str | None]
 
 NUM_TRUNCATIONS = 100
 NUM_FLIPS = 400

@@ -13,15 +13,16 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 
-if TYPE_CHECKING:
-    from tests.faults.conftest import Archive, Refusal
+Archive = Callable[..., bytes]
+Refusal = Callable[..., str | None]
 
 NUM_SCRAMBLED = 500
 GOOD = {"w": torch.tensor([1.0, 2.0, 3.0, 4.0])}

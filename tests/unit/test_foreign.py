@@ -84,7 +84,7 @@ def test_a_modules_state_dict_and_its_parameters_read_alike(tmp_path: Path) -> N
     assert isinstance(state, OrderedDict)
     assert hasattr(state, "_metadata")
     assert_same(read_checkpoint(saved(tmp_path / "a.pt", state)).tensors, dict(state))
-    parameters = dict(module.named_parameters())
+    parameters: dict[str, Tensor] = dict(module.named_parameters())
     assert_same(read_checkpoint(saved(tmp_path / "b.pt", parameters)).tensors, parameters)
 
 
