@@ -35,8 +35,8 @@ lock: ## compile requirements.lock from pyproject.toml (needs uv)
 demo cats-64: setup
 	@$(GUARDED) $(LOCAL) $(BIN)/ldm reproduce $@ --store "$(STORE)" $(ARGS)
 
-demo: ## run the whole pipeline on real pictures at 32x32: 2,200 CPU-seconds
-cats-64: ## the same at 64x64: hours
+demo: ## run the whole pipeline on real pictures at 32x32: 1,300 to 2,200 CPU-seconds
+cats-64: ## the same at 64x64: 3,500 CPU-seconds
 
 check: setup ## formatting, lint, types, the law of imports, dependencies, spelling
 	@$(GUARDED) $(BIN)/ruff format --check .
