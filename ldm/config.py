@@ -3,7 +3,7 @@
 No value is an import path (ADR 0004).
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,7 @@ class FirstStageModel(Config):
     """Regularisation of the latent; `identity` is the pixel baseline, f = 1."""
     channels: int = Field(default=128, ge=1)
     """Width of the first level."""
-    channel_mult: tuple[int, ...] = (1,)
+    channel_mult: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
     """Width of each level as a multiple of `channels`; each level but the first halves the resolution."""
     num_res_blocks: int = Field(default=2, ge=1)
     """Residual blocks per level (the decoder has one more)."""

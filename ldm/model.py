@@ -3,7 +3,7 @@
 B batch, C channels of the latent, h w its height and width, H W those of the picture.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -252,14 +252,24 @@ class LatentDiffusion:
         return self.decode(latents, micro_batch=sampling.micro_batch)
 
 
+def restore_first_stage(config: FirstStageModel, weights: Mapping[str, Tensor]) -> FirstStage:
+    """The first stage of a config with these weights, float32 on the CPU, in evaluation mode.
+
+    Weights of another precision are converted. Nothing is drawn from the global random state.
+    """
+    with torch.device("meta"):
+        model = build_first_stage(config)
+    if isinstance(model, nn.Module):
+        model.to_empty(device="cpu").load_state_dict(weights)
+        model.eval().requires_grad_(False)
+    return model
+
+
 def load_first_stage(store: Store, manifest: Manifest) -> FirstStage:
     """The first stage of an artifact, with its averaged weights, in evaluation mode."""
     config = FirstStageModel.model_validate(manifest.content.what["model"])
-    model = build_first_stage(config)
-    if isinstance(model, nn.Module):
-        model.load_state_dict(load(store.read(manifest, WEIGHTS)))
-        model.eval().requires_grad_(False)
-    return model
+    weights = {} if config.kind == "identity" else load(store.read(manifest, WEIGHTS))
+    return restore_first_stage(config, weights)
 
 
 def assemble(

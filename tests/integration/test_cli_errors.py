@@ -201,6 +201,8 @@ def test_a_command_line_that_cannot_be_read_is_refused(cli: Cli, arguments: str,
     [
         ("--help", ""),
         ("train-ldm --help", ""),
+        ("import --help", ""),
+        ("export --help", ""),
         ("recipes", ""),
         ("reproduce nope", ""),
         ("reproduce demo --set training.nim_images=5", ""),
