@@ -5,12 +5,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.diffusion.ddim import ddim_timesteps, sample_ddim
+from ldm.diffusion.ddim import sample_ddim
 from ldm.diffusion.objective import Denoiser
 from ldm.diffusion.schedule import Schedule, linear_schedule
+from ldm.diffusion.times import ddim_timesteps
 
 MEAN, VARIANCE = 0.7, 0.25
 SCHEDULE = linear_schedule(1000, 0.0015, 0.0195)
+ALL = ddim_timesteps(1000, 999)
 
 
 def variance_of(schedule: Schedule, t: Tensor) -> Tensor:
@@ -34,7 +36,8 @@ def error_of(schedule: Schedule, steps: int) -> float:
     start, end = torch.tensor(ddim_timesteps(schedule.num_timesteps, steps)[0]), torch.tensor(0)
     unit = (noisy - schedule.alpha_bar[start].sqrt() * MEAN) / variance_of(schedule, start).sqrt()
     exact = schedule.alpha_bar[end].sqrt() * MEAN + variance_of(schedule, end).sqrt() * unit
-    found = sample_ddim(exact_denoiser(schedule), noisy, schedule=schedule, steps=steps)
+    times = ddim_timesteps(schedule.num_timesteps, steps)
+    found = sample_ddim(exact_denoiser(schedule), noisy, schedule=schedule, times=times)
     return float((found - exact).abs().max())
 
 
@@ -55,7 +58,7 @@ def test_all_steps_draw_from_the_data_whatever_eta(eta: float) -> None:
         return torch.randn(20_000, generator=draws, dtype=torch.float64)
 
     found = sample_ddim(
-        exact_denoiser(SCHEDULE), noise(0), schedule=SCHEDULE, steps=999, eta=eta, noise=noise
+        exact_denoiser(SCHEDULE), noise(0), schedule=SCHEDULE, times=ALL, eta=eta, noise=noise
     )
     assert found.mean().item() == pytest.approx(MEAN, abs=0.015)
     assert found.var().item() == pytest.approx(VARIANCE, rel=0.04)
@@ -74,7 +77,7 @@ def test_noise_of_eta_one_has_the_posteriors_variance() -> None:
 
     def end(eta: float) -> Tensor:
         start = torch.zeros(1, dtype=torch.float64)
-        return sample_ddim(zero, start, schedule=SCHEDULE, steps=999, eta=eta, noise=noise)
+        return sample_ddim(zero, start, schedule=SCHEDULE, times=ALL, eta=eta, noise=noise)
 
     difference = end(1.0) - end(0.0)
     ahead, behind = SCHEDULE.alpha_bar[1], SCHEDULE.alpha_bar[0]
@@ -97,7 +100,7 @@ def test_the_denoiser_is_asked_exactly_as_often_as_steps(steps: int) -> None:
         denoise,
         torch.zeros(3, 2),
         schedule=SCHEDULE,
-        steps=steps,
+        times=ddim_timesteps(1000, steps),
         on_step=lambda i, n: told.append((i, n)),
     )
     assert asked == ddim_timesteps(1000, steps)
@@ -128,4 +131,4 @@ def test_more_steps_than_there_are_are_refused(steps: int) -> None:
 
 def test_eta_without_noise_is_refused() -> None:
     with pytest.raises(ValueError, match="give a noise source or eta=0"):
-        sample_ddim(exact_denoiser(SCHEDULE), torch.zeros(1), schedule=SCHEDULE, steps=5, eta=0.5)
+        sample_ddim(exact_denoiser(SCHEDULE), torch.zeros(1), schedule=SCHEDULE, times=[1], eta=0.5)
