@@ -237,7 +237,7 @@ class Diffusion(Config):
     loss: Literal["l2", "l1"] = "l2"
     """Squared or absolute error."""
     weighting: Literal["simple", "min_snr"] = "simple"
-    """Weight of each time step: 1, or that of Hang et al. 2023, which is capped where there is little noise."""
+    """Weight of each time step: 1, or that of Hang et al. 2023, capped where there is little noise."""
     learn_log_variance: bool = False
     """Learn a log-variance of the error per time step, which then weighs it; off in all published configs."""
 
@@ -246,13 +246,14 @@ class Diffusion(Config):
         """Noise rises, and an error is weighed one way."""
         if self.linear_start > self.linear_end:
             raise ValueError(
-                f"linear_start ({self.linear_start}) must not exceed linear_end ({self.linear_end}); noise rises "
-                "with the time step"
+                f"linear_start ({self.linear_start}) must not exceed linear_end ({self.linear_end}); "
+                "exchange them, noise rises with the time step"
             )
         if self.weighting == "min_snr" and (self.loss == "l1" or self.learn_log_variance):
             raise ValueError(
-                f"weighting min_snr is made for squared errors without a learned weight, got loss={self.loss}, "
-                f"learn_log_variance={self.learn_log_variance}; use loss=l2 without it, or weighting=simple"
+                "weighting min_snr is made for squared errors without a learned weight, got "
+                f"loss={self.loss}, learn_log_variance={self.learn_log_variance}; use loss=l2 without it, "
+                "or weighting=simple"
             )
         return self
 
@@ -357,13 +358,13 @@ class Recipe(Config):
         steps, num_timesteps = self.sampling.steps, self.diffusion.num_timesteps
         if self.sampling.sampler == "ddpm" and steps != num_timesteps:
             raise ValueError(
-                f"sampling.steps ({steps}) must be diffusion.num_timesteps ({num_timesteps}) for sampler ddpm, "
-                f"which leaves none out; use sampling.steps={num_timesteps}, or sampler=ddim with eta=1"
+                f"sampling.steps ({steps}) must be diffusion.num_timesteps ({num_timesteps}) for sampler "
+                f"ddpm, which leaves none out; use sampling.steps={num_timesteps}, or sampler=ddim with eta=1"
             )
         if self.sampling.sampler != "ddpm" and steps >= num_timesteps:
             raise ValueError(
-                f"sampling.steps ({steps}) must be below diffusion.num_timesteps ({num_timesteps}) for sampler "
-                f"{self.sampling.sampler}; use at most {num_timesteps - 1}"
+                f"sampling.steps ({steps}) must be below diffusion.num_timesteps ({num_timesteps}) for "
+                f"sampler {self.sampling.sampler}; use at most {num_timesteps - 1}"
             )
         if self.conditioning is None and self.sampling.guidance != 1.0:
             raise ValueError(

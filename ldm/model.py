@@ -19,7 +19,7 @@ from ldm.diffusion.samplers import sample, timesteps_of
 from ldm.diffusion.schedule import Schedule, build_schedule
 from ldm.errors import ContractError
 from ldm.models.conditioning import ClassEmbedder, build_conditioner
-from ldm.models.first_stage import FirstStage, build_first_stage, decode_in_micro_batches
+from ldm.models.first_stage import FirstStage, VQModel, build_first_stage, decode_in_micro_batches
 from ldm.models.unet import UNet, build_unet
 from ldm.training.randomness import generator
 
@@ -142,6 +142,16 @@ class LatentDiffusion:
     def decode(self, latents: Tensor, *, micro_batch: int) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of scaled latents."""
         return decode_in_micro_batches(self.first_stage, latents / self.scale, micro_batch=micro_batch)
+
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), not clamped, of scaled latents in one pass, for image guiding.
+
+        The gradient passes a codebook as in training, straight through.
+        """
+        z = latents / self.scale
+        if isinstance(self.first_stage, VQModel):
+            return self.first_stage.decode_codes(self.first_stage.quantize(z).latent)
+        return self.first_stage.decode(z)
 
     @torch.no_grad()
     def sample_latents(

@@ -1,4 +1,4 @@
-"""The variational bound in bits per dimension, as rate and distortion (Ho et al. 2020, Sec. 4.3; paper Fig. 2).
+"""The variational bound as rate and distortion (Ho et al. 2020, Sec. 4.3; paper Fig. 2).
 
 T time steps, B batch; x is (B, ...).
 """
@@ -39,9 +39,9 @@ def rate_distortion(
 ) -> RateDistortion:
     """Rate and distortion, means over the batch; one evaluation of the denoiser per time step.
 
-    Sending x_s to who knows x_t costs KL(q(x_s | x_t, x_0) | q(x_s | x_t, x_0 as the denoiser estimates it)) =
-    (SNR_s - SNR_t) / 2 |x_0 - estimate|^2 nats (Kingma et al. 2021, eq. 13). The last rate is the bound without
-    its reconstruction term, which latents, being continuous, do not have.
+    Sending x_s to who knows x_t costs (SNR_s - SNR_t) / 2 |x_0 - estimate|^2 nats: the divergence between the
+    posteriors given x_0 and given the denoiser's estimate of it (Kingma et al. 2021, eq. 13). The last rate
+    is the bound without its reconstruction term, which latents, being continuous, do not have.
 
     Args:
         denoise: (x_t, t) -> eps.

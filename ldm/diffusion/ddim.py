@@ -21,7 +21,7 @@ def ddim_sigma(alpha_bar: Tensor, before: Tensor, *, eta: float) -> Tensor:
 def ddim_step(
     x: Tensor, eps: Tensor, *, schedule: Schedule, t: int, after: int, eta: float = 0.0
 ) -> tuple[Tensor, float]:
-    """x at the time step `after` without its fresh noise, and the deviation of that noise (eq. 12 there)."""
+    """X at the time step `after` without its fresh noise, and the deviation of that noise (eq. 12 there)."""
     alpha_bar, target = schedule.alpha_bar[t], schedule.alpha_bar[after]
     sigma = ddim_sigma(alpha_bar, target, eta=eta)
     x_0 = (x - float((1 - alpha_bar).sqrt()) * eps) / float(alpha_bar.sqrt())

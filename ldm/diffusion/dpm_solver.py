@@ -37,7 +37,7 @@ def predict_x_0(denoise: Denoiser, x: Tensor, *, schedule: Schedule, t: int) -> 
 
 
 def exponential_step(x: Tensor, x_0: Tensor, *, schedule: Schedule, t: int, after: int) -> Tensor:
-    """x at `after` if x_0 stays as it is on the way: exact in the linear part (eq. 9 there)."""
+    """X at `after` if x_0 stays as it is on the way: exact in the linear part (eq. 9 there)."""
     h = schedule.half_log_snr(after) - schedule.half_log_snr(t)
     return schedule.noise(after) / schedule.noise(t) * x - schedule.signal(after) * math.expm1(-h) * x_0
 

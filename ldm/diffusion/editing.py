@@ -13,7 +13,7 @@ from ldm.diffusion.times import Correction, NoiseSource, batch_of
 
 
 def keep_known(known: Tensor, mask: Tensor, *, schedule: Schedule, noise: NoiseSource) -> Correction:
-    """The correction mask q(x_t | known) + (1 - mask) x_t before each step, as the published samplers have it.
+    """The correction mask q(x_t | known) + (1 - mask) x_t before each step, as in the published samplers.
 
     What comes out at the end is known up to the denoiser's error; `paste` makes it exact.
 
@@ -31,7 +31,7 @@ def keep_known(known: Tensor, mask: Tensor, *, schedule: Schedule, noise: NoiseS
 
 
 def paste(x: Tensor, known: Tensor, mask: Tensor) -> Tensor:
-    """mask known + (1 - mask) x: (B, C, h, w); exact where the mask is 0 or 1."""
+    """Mask known + (1 - mask) x: (B, C, h, w); exact where the mask is 0 or 1."""
     return torch.lerp(x, known, mask.expand_as(x))
 
 

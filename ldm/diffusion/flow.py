@@ -1,4 +1,4 @@
-"""Euler and Heun along the straight paths of rectified flow (Liu et al. 2023, eq. 1; Karras et al. 2022, alg. 1).
+"""Euler and Heun along rectified flow (Liu et al. 2023, eq. 1; Heun as in Karras et al. 2022, alg. 1).
 
 B batch; x is (B, ...). Any schedule is rectified flow in other coordinates: with signal a and noise s_,
 y = x / (a + s_) is (1 - s) x_0 + s eps at s = s_ / (a + s_), and moves with the velocity dy/ds = eps - x_0.
@@ -15,23 +15,23 @@ from ldm.diffusion.times import Correction, OnStep, batch_of, walk
 
 
 def flow_time(schedule: Schedule, t: int) -> float:
-    """s in (0, 1): the share of noise at the time step t."""
+    """S in (0, 1): the share of noise at the time step t."""
     return schedule.noise(t) / scale_of(schedule, t)
 
 
 def scale_of(schedule: Schedule, t: int) -> float:
-    """x / y at the time step t."""
+    """X / y at the time step t."""
     return schedule.signal(t) + schedule.noise(t)
 
 
 def flow_velocity(denoise: Denoiser, x: Tensor, *, schedule: Schedule, t: int) -> Tensor:
-    """eps - x_0, (B, ...), of x at the time step t."""
+    """Eps - x_0, (B, ...), of x at the time step t."""
     eps = denoise(x, batch_of(t, x))
     return eps - (x - schedule.noise(t) * eps) / schedule.signal(t)
 
 
 def move(x: Tensor, velocity: Tensor, *, schedule: Schedule, t: int, after: int) -> Tensor:
-    """x at `after` if the velocity stays as it is on the way."""
+    """X at `after` if the velocity stays as it is on the way."""
     y = x / scale_of(schedule, t) + (flow_time(schedule, after) - flow_time(schedule, t)) * velocity
     return y * scale_of(schedule, after)
 

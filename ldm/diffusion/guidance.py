@@ -53,7 +53,7 @@ def guide(
 
 
 def rescale_deviation(eps: Tensor, eps_cond: Tensor, *, share: float) -> Tensor:
-    """Guided noise, a share of it brought to the deviation of the conditional one (Lin et al. 2023, eq. 15, 16).
+    """Guided noise, by a share brought to the conditional one's deviation (Lin et al. 2023, eq. 15, 16).
 
     Differs: of the noise, whatever the network predicts; deviations are over all of a sample but the batch.
     """
@@ -94,14 +94,14 @@ def guide_by_target(
     schedule: Schedule,
     scale: float = 1.0,
 ) -> Denoiser:
-    """The denoiser eps - scale sqrt(1 - alpha_bar) grad log p(y | x_0(x_t)): image guiding (paper App. C, D.6).
+    """The denoiser eps - scale sqrt(1 - alpha_bar) grad log p(y | x_0(x_t)): image guiding (paper App. C).
 
     x_0(x_t) is the denoiser's estimate, and the gradient goes through it, so an evaluation costs a backward
-    pass of the network. Differs: the paper prints a plus, with which samples would flee the target.
+    pass of the network. Differs: the paper prints a plus, with which samples flee the target.
 
     Args:
         denoise: (x_t, t) -> eps, differentiable.
-        log_probability: estimate of x_0 (B, ...) -> (B,), differentiable, up to a constant; see `image_guiding`.
+        log_probability: estimate of x_0 (B, ...) -> (B,), differentiable; see `image_guiding`.
         schedule: the forward process.
         scale: 1 is the formula's; more follows the target harder.
     """

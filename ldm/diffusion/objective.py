@@ -119,7 +119,7 @@ def vlb_weights(schedule: Schedule) -> Tensor:
 
 
 def with_log_variance(losses: Tensor, log_variance: Tensor, t: Tensor) -> Tensor:
-    """losses / exp(log_variance_t) + log_variance_t: the published learned weight of each time step.
+    """Losses / exp(log_variance_t) + log_variance_t: the published learned weight of each time step.
 
     Args:
         losses: (B,) of each sample.

@@ -111,12 +111,12 @@ def linear_schedule(num_timesteps: int, start: float, end: float) -> Schedule:
 
 
 def sqrt_linear_schedule(num_timesteps: int, start: float, end: float) -> Schedule:
-    """Betas evenly spaced from `start` to `end` (Ho et al. 2020, Sec. 4), named as in the published code."""
+    """Betas evenly spaced from `start` to `end` (Ho et al. 2020, Sec. 4); named as published."""
     return schedule_of(torch.linspace(start, end, num_timesteps, dtype=torch.float64))
 
 
 def sqrt_schedule(num_timesteps: int, start: float, end: float) -> Schedule:
-    """Betas are the square roots of evenly spaced numbers `start` ... `end`, named as in the published code."""
+    """Betas are square roots of evenly spaced numbers `start` ... `end`; the name is the published code's."""
     return schedule_of(torch.linspace(start, end, num_timesteps, dtype=torch.float64).sqrt())
 
 
@@ -129,7 +129,7 @@ def cosine_schedule(num_timesteps: int) -> Schedule:
 
 
 def flow_schedule(num_timesteps: int) -> Schedule:
-    """Noise levels of rectified flow (Liu et al. 2023, eq. 1): noise to signal as s to 1 - s, s even in (0, 1).
+    """Noise levels of rectified flow (Liu et al. 2023, eq. 1): noise to signal is s to 1 - s, s even.
 
     Differs: x_t is scaled to unit variance, (1 - s) x_0 + s eps over the root of (1 - s)^2 + s^2, so that
     every sampler and objective of this package takes it; a network learns the same function of a scaled

@@ -43,7 +43,7 @@ def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
 
 
 def published_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """The published spacing as it is: every T // steps, plus one, falling; see `ddim_timesteps` for its limits.
+    """The published spacing as it is: every T // steps, plus one, falling (see `ddim_timesteps`).
 
     Raises:
         ValueError: where it leaves the schedule.
@@ -116,7 +116,7 @@ def walk(
     on_step: OnStep | None,
     end: int = 0,
 ) -> Tensor:
-    """x at the end of the time steps, each left by one call of `step`.
+    """X at the end of the time steps, each left by one call of `step`.
 
     Args:
         step: (x_t, index, t, the time step to go to) -> x there.

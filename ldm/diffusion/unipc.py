@@ -28,7 +28,7 @@ class Departure:
 def correct_in_hindsight(
     start: Departure, before: Departure | None, x_0: Tensor, *, schedule: Schedule, t: int
 ) -> Tensor:
-    """x at t again, now that x_0 is known there, at the start of the step, and at the step before (eq. 5).
+    """X at t again, now that x_0 is known there, at the start of the step, and at the step before (eq. 5).
 
     Args:
         start: where the step to t started.
