@@ -100,11 +100,13 @@ def sample_grid(model: LatentDiffusion, recipe: Recipe, *, per_class: int, steps
     return png(grid(images, columns=columns, scale=max(1, 96 // images.shape[1])))
 
 
-def labelled_grid(images: np.ndarray, classes: Sequence[str], *, per_class: int) -> bytes:
-    """PNG of pictures (N, H, W, 3), `per_class` to a row, rows named by class."""
+def labelled_grid(
+    images: np.ndarray, classes: Sequence[str], *, per_class: int, text: Mapping[str, str] | None = None
+) -> bytes:
+    """PNG of pictures (N, H, W, 3), `per_class` to a row, rows named by class; `text` is kept in the file."""
     rows = classes[: len(images) // per_class] if classes else ()
     scale = max(1, 128 // images.shape[1])
-    return png(grid(images, columns=per_class, scale=scale, row_labels=rows))
+    return png(grid(images, columns=per_class, scale=scale, row_labels=rows), text=text)
 
 
 def load_model(store: Store, manifest: Manifest, recipe: Recipe) -> LatentDiffusion:

@@ -65,9 +65,9 @@ def test_lpips_guides_too() -> None:
     lpips = build_lpips()
     target = decode(torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)))
     before, after = (
-        lpips(decode(latents), target) for latents in (draw(None, target), draw(lpips, target, scale=40.0))
+        lpips(decode(latents), target) for latents in (draw(None, target), draw(lpips, target, scale=200.0))
     )
-    assert (after < 0.8 * before).all()
+    assert (after < 0.7 * before).all()
 
 
 def test_the_low_resolution_of_a_constant_picture_is_that_constant() -> None:
