@@ -173,7 +173,13 @@ def sample(
     ] = None,
     per_class: Annotated[int, Parameter(help="Pictures per row.", validator=Number(gte=1))] = 4,
     seed: Annotated[int | None, Parameter(help="Seed of the noise; the recipe's by default.")] = None,
-    steps: Annotated[int | None, Parameter(help="DDIM steps; the recipe's by default.")] = None,
+    sampler: Annotated[
+        str | None,
+        Parameter(
+            help="ddim, ddpm, plms, dpmpp_2m, dpmpp_2m_sde, unipc, euler, heun; the recipe's by default."
+        ),
+    ] = None,
+    steps: Annotated[int | None, Parameter(help="Sampling steps; the recipe's by default.")] = None,
     guidance: Annotated[
         float | None, Parameter(help="Guidance scale; the recipe's by default, 1 for none.")
     ] = None,
@@ -182,7 +188,7 @@ def sample(
     """Draw a grid of samples from a trained model."""
     from flows.sample import sample_to_file
 
-    changes = {"seed": seed, "steps": steps, "guidance": guidance}
+    changes = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
     sample_to_file(
         store,
         model,

@@ -7,8 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from datasets.manifest import Manifest
 from datasets.store import Store
 from flows.models import find_model, recipe_of
+from ldm.config import Recipe
 from ldm.errors import ContractError
 from ldm.range import to_uint8
 from ldm.stages.train_ldm import labelled_grid, load_model
@@ -33,6 +35,16 @@ def class_labels(asked: Sequence[str] | None, known: Sequence[str]) -> list[int]
                 f"unknown class {name!r}; this model knows {', '.join(known) or 'no classes'}"
             )
     return labels
+
+
+def origin(model: Manifest, recipe: Recipe) -> dict[str, str]:
+    """What a file of samples says of itself: recipe, model key, seed and all that they were drawn with."""
+    return {
+        "recipe": recipe.name,
+        "model": model.key,
+        "seed": str(recipe.sampling.seed),
+        "sampling": recipe.sampling.model_dump_json(),
+    }
 
 
 def sample_to_file(
@@ -63,5 +75,6 @@ def sample_to_file(
         task = bar.add_task(f"sampling {len(wanted)} pictures")
         pictures = model.sample(wanted, sampling, on_step=lambda i, n: bar.update(task, completed=i, total=n))
     names = [model.classes[label] for label in labels if label >= 0]
-    output.write_bytes(labelled_grid(to_uint8(pictures), names, per_class=per_class))
+    text = origin(manifest, recipe)
+    output.write_bytes(labelled_grid(to_uint8(pictures), names, per_class=per_class, text=text))
     Console().print(f"{output}: {len(wanted)} pictures of model {manifest.short}, seed {sampling.seed}")
