@@ -254,4 +254,4 @@ OPCODES: dict[str, Callable[[Reader, Any], None]] = {
     "NEWOBJ_EX": lambda reader, argument: reader.construct(2),
     "BUILD": lambda reader, argument: reader.drop_state(),
 }
-"""What each opcode does; torch.save never writes those left out: text forms, and INST, OBJ, EXT, which call."""
+"""What each opcode does; torch.save never writes those left out: text forms; INST, OBJ, EXT, which call."""

@@ -254,7 +254,7 @@ def test_sample_writes_a_grid_of_the_classes_asked_for(tiny_store: Path, tmp_pat
     assert "4 pictures of model" in " ".join(said.split())
     with Image.open(output) as grid:
         assert grid.format == "PNG"
-        said_inside = dict(grid.text)
+        said_inside = grid.info
     assert (said_inside["recipe"], said_inside["seed"]) == ("demo", "5")
     assert json.loads(said_inside["sampling"])["sampler"] == "dpmpp_2m"
     assert Store(tiny_store).manifests("train-ldm")[0].key == said_inside["model"]

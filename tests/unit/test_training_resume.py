@@ -1,6 +1,6 @@
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -75,9 +75,9 @@ def case(request: pytest.FixtureRequest, cats: Callable[[str], SampleReader]) ->
     return Case(make, *undisturbed(make))
 
 
-def diffusion_trainee(chain: Chain) -> DiffusionTrainee:
+def diffusion_trainee(chain: Chain, recipe: Recipe | None = None) -> DiffusionTrainee:
     return DiffusionTrainee(
-        chain.recipe,
+        recipe or chain.recipe,
         chain.reader(),
         contract_of(chain.latents),
         load_first_stage(chain.store, chain.first_stage),
@@ -230,18 +230,16 @@ def test_a_cosine_after_the_warm_up_ends_at_its_floor_and_stays(tiny_recipe: Cal
 def test_each_way_to_weigh_the_error_trains_another_network(
     override: str, vq_chain: Chain, whole_run: tuple[dict[str, Tensor], History]
 ) -> None:
-    chain = replace(
-        vq_chain,
-        recipe=parse_recipe(merge(vq_chain.recipe.model_dump(), parse_override(override)), source="test"),
-    )
-    tensors, history = undisturbed(lambda: diffusion_trainee(chain))
+    raw = merge(vq_chain.recipe.model_dump(), parse_override(override))
+    recipe = parse_recipe(raw, source="test")
+    tensors, history = undisturbed(lambda: diffusion_trainee(vq_chain, recipe))
     name = "networks.unet.out.2.weight"
     assert not torch.equal(tensors[name], whole_run[0][name])
     assert history["loss"][-1][1] < 10
     work = work_area(Store("memory://another"))
     with pytest.raises(PowerCutError):
-        train(CutShort(diffusion_trainee(chain), 7), work, report=Silent(), checkpoint_every_s=-1)
-    resumed = diffusion_trainee(chain)
+        train(CutShort(diffusion_trainee(vq_chain, recipe), 7), work, report=Silent(), checkpoint_every_s=-1)
+    resumed = diffusion_trainee(vq_chain, recipe)
     train(resumed, work, report=Silent())
     work.clear()
     assert_same(resumed.tensors(), tensors)
