@@ -207,11 +207,21 @@ def import_model(
     checkpoint: Annotated[Path | None, Parameter(help="The `.ckpt` that belongs to the YAML.")] = None,
     *,
     output: Annotated[Path, Parameter(help="Folder to make.")],
+    one_head: Annotated[
+        bool,
+        Parameter(
+            negative=(),
+            help=(
+                "Transformers have one head, as in checkpoints trained before April 2022: cin256, "
+                "text2img256, layout2img-openimages256."
+            ),
+        ),
+    ] = False,
 ) -> None:
-    """Turn a first stage of another program into a folder that `ldm.load` opens; nothing in it is run."""
+    """Turn a model of another program into a folder that `ldm.load` opens; nothing in it is run."""
     from ldm.bridge.transfer import import_to_folder
 
-    print(*import_to_folder(config, checkpoint, output=output), sep="\n")
+    print(*import_to_folder(config, checkpoint, output=output, one_head=one_head), sep="\n")
 
 
 @commands.command(name="export")
@@ -227,7 +237,7 @@ def export_model(
     output: Annotated[Path, Parameter(help="Folder to make.")],
     store: StoreUri = DEFAULT_STORE,
 ) -> None:
-    """Write a first stage in the layout of another program, read it back and report every difference."""
+    """Write a model in the layout of another program, read it back and report every difference."""
     from flows.export import find_exportable
     from ldm.bridge.transfer import export_to_folder
 

@@ -18,7 +18,7 @@ from ldm.diffusion.objective import Objective, eps_of_prediction
 from ldm.diffusion.samplers import sample, timesteps_of
 from ldm.diffusion.schedule import Schedule, build_schedule
 from ldm.errors import ContractError
-from ldm.models.conditioning import ClassEmbedder, Conditioner, build_conditioner
+from ldm.models.conditioning import ClassEmbedder, Conditioner, Hybrid, build_conditioner
 from ldm.models.first_stage import FirstStage, VQModel, build_first_stage, decode_in_micro_batches
 from ldm.models.unet import UNet, build_unet
 from ldm.training.randomness import generator
@@ -101,7 +101,7 @@ def check_finite(what: str, values: Tensor) -> None:
 class Denoising(nn.Module):
     """What is trained in the second stage: the UNet and the conditioning encoder."""
 
-    def __init__(self, unet: UNet, conditioner: Conditioner | None) -> None:
+    def __init__(self, unet: UNet, conditioner: Conditioner | Hybrid | None) -> None:
         super().__init__()
         self.unet = unet
         self.conditioner = conditioner
