@@ -51,7 +51,7 @@ class Origin(Config):
     """Name of that file, or the artifact's key."""
     sha256: str
     """Digest of that file."""
-    facts: dict[str, int | float | str] = Field(default_factory=dict)
+    facts: Mapping[str, int | float | str] = Field(default_factory=dict)
     """Plain values it held beside the tensors, such as `global_step`."""
 
 

@@ -31,7 +31,12 @@ KINDS = {
     "ldm.models.autoencoder.IdentityFirstStage": "identity",
 }
 """Class named by a published config -> our kind. The names are compared, never imported."""
-OF_TRAINING = {"ckpt_path", "ignore_keys", "image_key", "lossconfig", "monitor"} | {
+OF_TRAINING = {
+    "ckpt_path",
+    "ignore_keys",
+    "image_key",
+    "lossconfig",
+    "monitor",
     "batch_resize_range",
     "lr_g_factor",
     "sane_index_shape",
@@ -39,12 +44,23 @@ OF_TRAINING = {"ckpt_path", "ignore_keys", "image_key", "lossconfig", "monitor"}
 }
 """Parameters that say nothing about the network."""
 FIXED_PARAMETERS = {"colorize_nlabels": None, "remap": None, "use_ema": False}
-FIXED_NETWORK = {"in_channels": 3, "out_ch": 3, "resamp_with_conv": True, "use_linear_attn": False} | {
+FIXED_NETWORK = {
+    "in_channels": 3,
+    "out_ch": 3,
+    "resamp_with_conv": True,
+    "use_linear_attn": False,
     "give_pre_end": False,
     "tanh_out": False,
 }
 """Settings of the published network whose other values our first stages do not have."""
-NETWORK = {"attn_resolutions", "attn_type", "ch", "ch_mult", "double_z", "dropout", "num_res_blocks"} | {
+NETWORK = {
+    "attn_resolutions",
+    "attn_type",
+    "ch",
+    "ch_mult",
+    "double_z",
+    "dropout",
+    "num_res_blocks",
     "resolution",
     "z_channels",
 }

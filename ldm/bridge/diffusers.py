@@ -39,8 +39,13 @@ BLOCKS = {
 # Settings that our first stages have in this one form; absent, they have it in the library too.
 FIXED = {"act_fn": "silu", "in_channels": 3, "out_channels": 3}
 FIXED_OF_KIND = {
-    "kl": {"shift_factor": None, "latents_mean": None, "latents_std": None}
-    | {"use_quant_conv": True, "use_post_quant_conv": True},
+    "kl": {
+        "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+    },
     "vq": {"norm_type": "group", "lookup_from_codebook": False},
 }
 # Settings that change nothing in float32.
@@ -51,14 +56,13 @@ TRANSLATED = {
     "up_block_types",
     "layers_per_block",
     "latent_channels",
-} | {
     "mid_block_add_attention",
     "norm_num_groups",
     SCALING,
 }
 OF_KIND = {"kl": set[str](), "vq": {"num_vq_embeddings", "vq_embed_dim"}}
 
-# Our names -> theirs, applied in this order; (?P<level>) of the decoder is counted from the other end.
+# Our names -> theirs, applied in this order, after the decoder's levels were counted from the other end.
 RENAMED = [
     (r"\.(down|up)\.(\d+)\.block\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
     (r"\.(down|up)\.(\d+)\.attn\.(\d+)\.", r".\1_blocks.\2.attentions.\3."),

@@ -14,7 +14,7 @@ import math
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -42,7 +42,7 @@ DTYPES = {
     "torch.ComplexDoubleStorage": torch.complex128,
 }
 MAX_DIMENSIONS = 64  # torch's own limit
-MAX_EMPTY_ELEMENTS = 1 << 60  # product of an empty tensor's other sizes
+MAX_COUNT = 1 << 60  # product of a tensor's sizes, those of 0 left out
 CHUNK_BYTES = 1 << 20
 
 # Views may share a storage, or repeat a number by a stride of 0: a small file must not fill the memory.
@@ -124,13 +124,16 @@ def other_format(start: bytes) -> str:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, int | float | str]]:
     """Tensors and metadata of a safetensors file, whose header the library of the format verifies."""
+    tensors: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
-        # The library gives views of the file: a copy stays what it is when the file changes.
-        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        for key in file.keys():  # noqa: SIM118
+            if not representable(file.get_slice(key).get_shape()):
+                raise CheckpointError(f"{shown(key)} has sizes that torch cannot count")
+            view = file.get_tensor(key)
+            verify_booleans(key, view)
+            tensors[key] = view.clone()  # a view of the file would change with it
         facts = dict(file.metadata() or {})
     verify_keys(tensors)
-    for key, tensor in tensors.items():
-        verify_booleans(key, tensor)
     return tensors, facts
 
 
@@ -232,10 +235,15 @@ def verified_bytes(key: str, view: View, members: Mapping[str, zipfile.ZipInfo])
 
 def inside(view: View) -> bool:
     """Whether every element of a view is one of its storage."""
-    if 0 in view.size:  # it reaches nothing, yet torch multiplies its other sizes
-        return math.prod(size or 1 for size in view.size) < MAX_EMPTY_ELEMENTS
+    if 0 in view.size:
+        return representable(view.size)
     steps = zip(view.size, view.stride, strict=True)
     return view.offset + sum((size - 1) * stride for size, stride in steps) < view.storage.num_elements
+
+
+def representable(sizes: Sequence[int]) -> bool:
+    """Whether torch can count with these sizes; of an empty tensor too it multiplies the others."""
+    return len(sizes) <= MAX_DIMENSIONS and math.prod(size or 1 for size in sizes) < MAX_COUNT
 
 
 def read_tensors(

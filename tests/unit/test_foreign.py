@@ -48,12 +48,11 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) 
     assert_same(read_checkpoint(saved(tmp_path / "a.pt", state)).tensors, state)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_every_pickle_protocol_reads_as_torch_load_does(tmp_path: Path, protocol: int) -> None:
     path = saved(tmp_path / "a.ckpt", {"state_dict": random_state(), "epoch": 3}, protocol=protocol)
     checkpoint = read_checkpoint(path)
-    assert_same(checkpoint.tensors, torch.load(path, weights_only=True)["state_dict"])
+    assert_same(checkpoint.tensors, torch.load(path, weights_only=protocol == 2)["state_dict"])
     assert checkpoint.facts == {"epoch": 3}
     assert checkpoint.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
