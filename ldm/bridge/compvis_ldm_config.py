@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from datasets.conditions.text import MAX_TOKENS, NUM_WORDS, SEP
 from ldm.bridge.compvis import first_stage_config, published_config
 from ldm.bridge.section import Section, validated
 from ldm.config import Diffusion
@@ -32,13 +33,18 @@ NUM_IMAGENET = 1000
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "sqrt_linear": "sqrt_linear", "sqrt": "sqrt"}
 COSINE_OFFSET = 8e-3
-OF_TRAINING = {"base_learning_rate", "ckpt_path", "ignore_keys", "load_only_unet", "monitor"} | {
-    "clip_denoised",  # latents are never clipped, whatever it says
+OF_TRAINING = {
+    "base_learning_rate",
     "channels",
+    "ckpt_path",
+    "clip_denoised",  # latents are never clipped, whatever it says
     "cond_stage_key",
     "cond_stage_trainable",
     "first_stage_key",
+    "ignore_keys",
+    "load_only_unet",
     "log_every_t",
+    "monitor",
     "scheduler_config",
     "use_ema",  # whether there is an average is seen in the checkpoint
 }
@@ -52,7 +58,12 @@ FIXED = {
     "use_positional_encodings": False,
     "v_posterior": 0.0,
 }
-TRANSLATED = {"beta_schedule", "concat_mode", "conditioning_key", "cosine_s", "cond_stage_config"} | {
+TRANSLATED = {
+    "beta_schedule",
+    "concat_mode",
+    "cond_stage_config",
+    "conditioning_key",
+    "cosine_s",
     "first_stage_config",
     "image_size",
     "learn_logvar",
@@ -74,7 +85,12 @@ FIXED_UNET = {
     "use_fp16": False,
     "use_new_attention_order": False,
 }
-TRANSLATED_UNET = {"attention_resolutions", "channel_mult", "context_dim", "dropout", "in_channels"} | {
+TRANSLATED_UNET = {
+    "attention_resolutions",
+    "channel_mult",
+    "context_dim",
+    "dropout",
+    "in_channels",
     "model_channels",
     "num_classes",
     "num_head_channels",
@@ -272,15 +288,18 @@ def tokens_config(
             {"n_embed", "n_layer", "vocab_size", "max_seq_len", "use_tokenizer"}
             | {"device", "embedding_dropout"}  # of no effect on what is computed
         )
-        is_caption = text.value("use_tokenizer", bool, True)
+        words = text.value("vocab_size", int, NUM_WORDS)
+        # tokens that are made elsewhere are those of captions if the config says so
+        says_caption = parameters.values.get("cond_stage_key") == "caption" and words > SEP
+        is_caption = text.value("use_tokenizer", bool, True) or says_caption
         made = validated(
             CaptionConditioning if is_caption else LayoutConditioning,
             parameters.source,
             kind="caption" if is_caption else "layout",
             context_dim=text.value("n_embed", int),
             depth=text.value("n_layer", int),
-            vocab_size=text.value("vocab_size", int, 30522),
-            num_tokens=text.value("max_seq_len", int, 77),
+            vocab_size=words,
+            num_tokens=text.value("max_seq_len", int, MAX_TOKENS),
         )
         return made, 0
     if encoder_section(parameters, "torch.nn.Identity") is not None and unet.context_dim is not None:
