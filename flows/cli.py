@@ -162,7 +162,9 @@ def reproduce(recipe: RecipeName, *, set: Overrides = None, store: StoreUri = DE
 
 @commands.command
 def sample(
-    model: Annotated[str, Parameter(help="`ldm-demo`, `ldm-demo@candidate`, or the first digits of a key.")],
+    model: Annotated[
+        str, Parameter(help="`ldm-demo`, `ldm-demo@candidate`, the first digits of a key, or a model folder.")
+    ],
     *,
     output: Annotated[Path, Parameter(help="PNG to write.")] = Path("samples.png"),
     classes: Annotated[

@@ -86,6 +86,7 @@ def diffusers_unet_config(config: UNetConfig, *, sample_size: int) -> dict[str, 
     return common | {
         "_class_name": "UNet2DModel",
         "attention_head_dim": head_channels(config, widths, attends),
+        "attn_norm_num_groups": config.norm_groups,  # else the middle has no norm with scale_shift
         "downsample_type": kind,
         "upsample_type": kind,
     }

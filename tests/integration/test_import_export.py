@@ -136,3 +136,49 @@ def test_what_a_layout_cannot_express_is_named(cli: Cli, tmp_path: Path) -> None
     said = refusal(cli("export", kl, "--format", "diffusers", "--output", str(tmp_path / "out")))
     assert re.search(r"embed_dim must equal z_channels, and this model has 6 and 8; export it with", said)
     assert names(tmp_path) == {"kl"}
+
+
+CLASSES = FIXTURES / "ldm_class_crossattn"
+
+
+@pytest.fixture
+def diffusion_model(cli: Cli, tmp_path: Path) -> Path:
+    """Model folder of the published class-conditional case."""
+    folder = tmp_path / "models" / "classes"
+    files = [str(CLASSES / name) for name in ("config.yaml", "model.ckpt")]
+    said = done(cli("import", *files, "--output", str(folder)))
+    assert re.search(r"latent diffusion model, conditioned on class_label, UNet 1,175,203 parameters", said)
+    assert re.search(r"training state kept beside the model: 12 tensors, such as alphas_cumprod", said)
+    return folder
+
+
+def test_a_whole_model_is_imported_and_sampled_by_class(
+    cli: Cli, diffusion_model: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "out.png"
+    few = ["--per-class", "1", "--steps", "2", "--output", str(picture)]
+    said = done(cli("sample", str(diffusion_model), "--classes", "3", "7", "--guidance", "2", *few))
+    assert re.search(r"2\s+pictures\s+of\s+model", said)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    unknown = refusal(cli("sample", str(diffusion_model), "--classes", "10", *few))
+    assert re.search(r"unknown class '10'; this model knows 0, 1, ", unknown)
+
+
+@pytest.mark.parametrize("format", ["compvis", "diffusers"])
+def test_a_whole_model_is_exported_without_a_difference(
+    cli: Cli, diffusion_model: Path, tmp_path: Path, format: str
+) -> None:
+    said = done(cli("export", str(diffusion_model), "--format", format, "--output", str(tmp_path / "out")))
+    for name in ("eps", "sample", "reconstruction"):
+        assert re.search(rf"read back, largest difference of the {name}: 0 \(values up to [1-9]", said)
+
+
+def test_a_first_stage_is_not_sampled_and_has_no_heads_to_choose(
+    cli: Cli, imported: Path, tmp_path: Path
+) -> None:
+    said = refusal(cli("sample", str(imported), "--output", str(tmp_path / "out.png")))
+    assert re.search(r"holds a first stage, which has no samples of its own", said)
+    files = [str(VQ / "config.yaml"), str(VQ / "model.ckpt"), "--output", str(tmp_path / "again")]
+    assert re.search(
+        r"--one-head is for latent diffusion models", refusal(cli("import", *files, "--one-head"))
+    )

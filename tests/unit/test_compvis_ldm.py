@@ -397,10 +397,18 @@ def test_the_pictures_of_a_seed_do_not_depend_on_how_many_there_are(
         ("class_label", lambda m: m.condition(), r"made of the fields class_label; got none"),
         ("class_label", lambda m: m.condition(label=1), r"class_label; got label"),
         ("class_label", lambda m: m.condition(class_label=torch.tensor([6])), r"-1 to 5 .* got \[6\]"),
-        ("class_label", lambda m: m.condition(class_label=torch.ones(1)), r"integers \(B,\), got torch.float"),
+        (
+            "class_label",
+            lambda m: m.condition(class_label=torch.ones(1)),
+            r"integers \(B,\), got torch.float",
+        ),
         ("class_label", lambda m: m.sample(), r"takes \{'context': '\(1, L, 32\)'\} .* got none; make it by"),
         ("unconditional", lambda m: m.sample(guidance=2.0), r"guidance needs .*\(unconditional\) was not"),
-        ("unconditional", lambda m: m.condition(class_label=torch.ones(1)), r"no condition.*\(none\); got cl"),
+        (
+            "unconditional",
+            lambda m: m.condition(class_label=torch.ones(1)),
+            r"no condition.*\(none\); got cl",
+        ),
         (
             "low_res",
             lambda m: m.sample(m.condition(low_res=random(1, 3, 8, 8)), guidance=2.0),
