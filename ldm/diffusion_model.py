@@ -125,6 +125,10 @@ class DiffusionModel:
             ContractError: latents or time steps of another shape, or a condition that does not fit.
         """
         self.check(x_t, t, condition)
+        return self.eps(x_t, t, condition)
+
+    def eps(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+        """What `predict` gives, unchecked and with gradients."""
         prediction = self.denoise(x_t, t, condition)
         objective = self.config.diffusion.objective
         return eps_of_prediction(prediction, x_t, t, schedule=self.schedule, objective=objective)
@@ -210,7 +214,8 @@ class DiffusionModel:
             return torch.stack(draws).to(self.device)
 
         start = keyed("x_T") if start is None else start
-        self.check(start, torch.zeros(count, dtype=torch.int64), condition)
+        for each in (condition, null) if null is not None else (condition,):
+            self.check(start, torch.zeros(count, dtype=torch.int64), each)
         return sample(
             sampler,
             self.denoiser(condition, guidance=guidance, null=null),
@@ -230,14 +235,17 @@ class DiffusionModel:
     def denoiser(
         self, condition: Condition | None, *, guidance: float = 1.0, null: Condition | None = None
     ) -> Denoiser:
-        """(x_t, t) -> eps with its conditions bound, guided when asked for: what samplers take."""
+        """(x_t, t) -> eps with its conditions bound, guided when asked for: what samplers take.
+
+        It does not check its arguments, and gradients pass it, as image guiding needs.
+        """
         if guidance == 1.0:
-            return lambda x_t, t: self.predict(x_t, t, condition)
+            return lambda x_t, t: self.eps(x_t, t, condition)
         given = condition or Condition()
         nothing = self.null(given) if null is None else null
         both, rows = nothing.followed_by(given), torch.arange(2 * len(given), device=self.device)
         return guide(
-            lambda x_t, t, chosen: self.predict(x_t, t, both.rows(chosen)),
+            lambda x_t, t, chosen: self.eps(x_t, t, both.rows(chosen)),
             rows[len(given) :],
             rows[: len(given)],
             scale=guidance,

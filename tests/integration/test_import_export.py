@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import ldm
-from ldm.model import load_first_stage
+from ldm.config import FirstStageModel
+from ldm.model import Autoencoder, load_first_stage
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 VQ, KL = FIXTURES / "vq_first_stage", FIXTURES / "kl_first_stage"
@@ -33,6 +34,13 @@ def refusal(ended: tuple[int, str, str]) -> str:
     return err
 
 
+def first_stage(folder: Path) -> FirstStageModel:
+    """The config of the first stage in a folder."""
+    autoencoder = ldm.load(folder)
+    assert isinstance(autoencoder, Autoencoder)
+    return autoencoder.config
+
+
 def names(folder: Path) -> set[str]:
     """What is in a folder."""
     return {path.name for path in folder.iterdir()}
@@ -52,7 +60,7 @@ def test_an_import_says_what_it_found_and_can_be_loaded(cli: Cli, tmp_path: Path
     assert re.search(r"vq first stage, f = 4, c = 3, 32 codes, 1,368,670 parameters", said)
     assert re.search(r"from model.ckpt, sha256 [0-9a-f]{64}\nit says: .*global_step 1234", said)
     assert re.search(r"training state kept beside the model: 3 tensors, such as loss\.", said)
-    assert ldm.load(tmp_path / "vq").config.num_codes == 32
+    assert first_stage(tmp_path / "vq").num_codes == 32
 
 
 @pytest.mark.parametrize(
@@ -127,7 +135,7 @@ def test_what_cannot_be_transferred_is_refused_and_leaves_nothing(
 def test_nothing_is_overwritten(cli: Cli, imported: Path) -> None:
     arguments = ["import", str(KL / "config.yaml"), str(KL / "model.ckpt"), "--output", str(imported)]
     assert re.search(r"nothing is overwritten, and .* exists; name another folder", refusal(cli(*arguments)))
-    assert ldm.load(imported).config.kind == "vq"
+    assert first_stage(imported).kind == "vq"
 
 
 def test_what_a_layout_cannot_express_is_named(cli: Cli, tmp_path: Path) -> None:

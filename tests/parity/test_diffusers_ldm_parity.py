@@ -29,8 +29,13 @@ VQ = FirstStageModel(
 KL = FirstStageModel(
     kind="kl", channels=16, channel_mult=(1, 2), num_res_blocks=1, z_channels=4, embed_dim=4, norm_groups=8
 )
-SIZES = {"model_channels": 16, "channel_mult": (1, 2, 3), "attention_factors": (2, 4), "norm_groups": 8}
-COMMON = SIZES | {"in_channels": 3, "out_channels": 3, "num_res_blocks": 1}
+SIZES: dict[str, Any] = {
+    "model_channels": 16,
+    "channel_mult": (1, 2, 3),
+    "attention_factors": (2, 4),
+    "norm_groups": 8,
+}
+COMMON: dict[str, Any] = SIZES | {"in_channels": 3, "out_channels": 3, "num_res_blocks": 1}
 UNETS = {
     "attention": UNetConfig(**COMMON, head_channels=8),
     "two blocks, scale and shift": UNetConfig(

@@ -22,6 +22,7 @@ from ldm.bridge.section import Section
 from ldm.bridge.transfer import export_to_folder, import_to_folder
 from ldm.config import FirstStageModel
 from ldm.layout import first_stage_layout
+from ldm.model import Autoencoder
 from ldm.model_folder import read_model_folder
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.first_stage import KLModel, VQModel
@@ -64,6 +65,7 @@ def lpips() -> LPIPS:
 def outputs_of(folder: Path, given: Mapping[str, Tensor], *, suffix: str) -> dict[str, Tensor]:
     """Everything that a first stage computes from `image` or `image_wide`, under the fixtures' names."""
     autoencoder, x = ldm.load(folder), given[f"image{suffix}"]
+    assert isinstance(autoencoder, Autoencoder)
     model = autoencoder.first_stage
     if isinstance(model, VQModel):
         z = autoencoder.encode(x)
