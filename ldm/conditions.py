@@ -140,7 +140,8 @@ def encode_condition(
             labelled = isinstance(encoder, ClassEmbedder)
             made = Condition(context=encoder(labels)) if labelled else Condition(label=labels)
         case CaptionConditioning() | LayoutConditioning(), TokenEncoder():
-            made = Condition(context=encoder(tokens_of(given[wanted[0]], wanted[0], config)))
+            tokens = tokens_of(given[wanted[0]], wanted[0], config)
+            made = Condition(context=encoder(tokens.to(next(encoder.parameters()).device)))
         case EmbeddingsConditioning(), _:
             shape = ("B", "L", config.context_dim)
             made = Condition(context=checked(given["embeddings"], "embeddings", shape))

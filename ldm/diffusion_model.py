@@ -163,7 +163,8 @@ class DiffusionModel:
             distance=diffusion.loss,
         )
         vlb = (vlb_weights(schedule).to(simple)[t] * simple).mean()
-        weighed = simple if self.log_variance is None else with_log_variance(simple, self.log_variance, t)
+        learned = None if self.log_variance is None else self.log_variance.to(simple.device)
+        weighed = simple if learned is None else with_log_variance(simple, learned, t)
         loss = weighed.mean() + self.config.elbo_weight * vlb
         return {"loss": loss, "loss_simple": simple.mean(), "loss_vlb": vlb}
 

@@ -2,7 +2,7 @@
 
 What is read becomes a model folder (`ldm.model_folder`), and a model folder is what is written.
 
-    foreign             tensors and plain facts out of a `.ckpt` or `.safetensors`, with nothing in it executed
+    foreign             tensors and plain facts out of a `.ckpt` or `.safetensors`, nothing in it executed
     unpickling          the opcodes of a pickle, read as data
     section             a mapping of a foreign config, read value by value
     compvis             first stages of CompVis/latent-diffusion: configs and keys

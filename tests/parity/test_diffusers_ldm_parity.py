@@ -36,16 +36,17 @@ SIZES: dict[str, Any] = {
     "norm_groups": 8,
 }
 COMMON: dict[str, Any] = SIZES | {"in_channels": 3, "out_channels": 3, "num_res_blocks": 1}
-UNETS = {
-    "attention": UNetConfig(**COMMON, head_channels=8),
-    "two blocks, scale and shift": UNetConfig(
-        **COMMON | {"num_res_blocks": 2}, head_channels=16, scale_shift_norm=True
-    ),
-    "BigGAN": UNetConfig(**COMMON | {"attention_factors": (1,)}, head_channels=16, resblock_updown=True),
-    "maps": UNetConfig(**COMMON | {"in_channels": 6}, head_channels=8),
-    "transformers": UNetConfig(**COMMON, num_heads=2, context_dim=12, transformer_depth=2),
-    "one head": UNetConfig(**COMMON, head_channels=8, context_dim=12, one_head_transformers=True),
+TRANSFORMERS = {"context_dim": 12, "transformer_depth": 2}
+# What a UNet has beside the common part.
+KINDS: dict[str, dict[str, Any]] = {
+    "attention": {"head_channels": 8},
+    "two blocks, scale and shift": {"num_res_blocks": 2, "head_channels": 16, "scale_shift_norm": True},
+    "BigGAN": {"attention_factors": (1,), "head_channels": 16, "resblock_updown": True},
+    "maps": {"in_channels": 6, "head_channels": 8},
+    "transformers": {"num_heads": 2, **TRANSFORMERS},
+    "one head": {"head_channels": 8, "context_dim": 12, "one_head_transformers": True},
 }
+UNETS = {name: UNetConfig.model_validate(COMMON | more) for name, more in KINDS.items()}
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def test_what_diffusers_cannot_express_is_refused_by_name(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         export_to_folder(
-            some_model(UNetConfig(**COMMON | {"head_channels": 8} | changes)),
+            some_model(UNetConfig.model_validate(COMMON | {"head_channels": 8} | changes)),
             tmp_path / "out",
             format="diffusers",
         )
