@@ -20,11 +20,8 @@ import yaml
 from torch import Tensor
 
 from ldm.bridge.compvis import CHECKPOINT, CONFIG, LOSS, require_same_shape
-from ldm.bridge.compvis_ldm_config import (
-    effective_key,
-    latent_diffusion_config,
-    published_diffusion_config,
-)
+from ldm.bridge.compvis_ldm_config import effective_key, latent_diffusion_config
+from ldm.bridge.compvis_ldm_output import published_diffusion_config
 from ldm.bridge.foreign import read_checkpoint
 from ldm.bridge.section import Section
 from ldm.diffusion.schedule import Schedule, build_schedule

@@ -11,11 +11,8 @@ import pytest
 import yaml
 
 from ldm.bridge.compvis_ldm import EMA_STATE, checkpoint_layout
-from ldm.bridge.compvis_ldm_config import (
-    latent_diffusion_config,
-    may_have_one_head,
-    published_diffusion_config,
-)
+from ldm.bridge.compvis_ldm_config import latent_diffusion_config, may_have_one_head
+from ldm.bridge.compvis_ldm_output import published_diffusion_config
 from ldm.bridge.section import Section
 from ldm.model_config import LatentDiffusionModel
 from ldm.network_config import ClassConditioning

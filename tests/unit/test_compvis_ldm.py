@@ -13,7 +13,8 @@ from torch import Tensor
 
 import ldm
 from ldm.bridge.compvis_ldm import checkpoint_layout, ema_names, noise_levels
-from ldm.bridge.compvis_ldm_config import latent_diffusion_config, published_diffusion_config
+from ldm.bridge.compvis_ldm_config import latent_diffusion_config
+from ldm.bridge.compvis_ldm_output import published_diffusion_config
 from ldm.bridge.foreign import read_checkpoint
 from ldm.bridge.section import Section
 from ldm.bridge.transfer import export_to_folder, import_to_folder
