@@ -108,8 +108,8 @@ def published_unet(unet: UNetConfig, latent_size: int) -> dict[str, Any]:
     """The parameters of the UNet; one head of all transformers is num_heads 1, which all versions read so."""
     if unet.norm_groups != NORM_GROUPS:
         raise CheckpointError(
-            f"the published code has {NORM_GROUPS} groups in every GroupNorm, and this model has unet.norm_groups "
-            f"{unet.norm_groups}; it cannot be exported so"
+            f"the published code has {NORM_GROUPS} groups in every GroupNorm, and this model has "
+            f"unet.norm_groups {unet.norm_groups}; it cannot be exported so"
         )
     heads = (
         {"num_heads": unet.num_heads}
