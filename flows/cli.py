@@ -162,7 +162,9 @@ def reproduce(recipe: RecipeName, *, set: Overrides = None, store: StoreUri = DE
 
 @commands.command
 def sample(
-    model: Annotated[str, Parameter(help="`ldm-demo`, `ldm-demo@candidate`, or the first digits of a key.")],
+    model: Annotated[
+        str, Parameter(help="`ldm-demo`, `ldm-demo@candidate`, the first digits of a key, or a model folder.")
+    ],
     *,
     output: Annotated[Path, Parameter(help="PNG to write.")] = Path("samples.png"),
     classes: Annotated[
@@ -173,7 +175,13 @@ def sample(
     ] = None,
     per_class: Annotated[int, Parameter(help="Pictures per row.", validator=Number(gte=1))] = 4,
     seed: Annotated[int | None, Parameter(help="Seed of the noise; the recipe's by default.")] = None,
-    steps: Annotated[int | None, Parameter(help="DDIM steps; the recipe's by default.")] = None,
+    sampler: Annotated[
+        str | None,
+        Parameter(
+            help="ddim, ddpm, plms, dpmpp_2m, dpmpp_2m_sde, unipc, euler, heun; the recipe's by default."
+        ),
+    ] = None,
+    steps: Annotated[int | None, Parameter(help="Sampling steps; the recipe's by default.")] = None,
     guidance: Annotated[
         float | None, Parameter(help="Guidance scale; the recipe's by default, 1 for none.")
     ] = None,
@@ -182,7 +190,7 @@ def sample(
     """Draw a grid of samples from a trained model."""
     from flows.sample import sample_to_file
 
-    changes = {"seed": seed, "steps": steps, "guidance": guidance}
+    changes = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
     sample_to_file(
         store,
         model,
@@ -201,11 +209,21 @@ def import_model(
     checkpoint: Annotated[Path | None, Parameter(help="The `.ckpt` that belongs to the YAML.")] = None,
     *,
     output: Annotated[Path, Parameter(help="Folder to make.")],
+    one_head: Annotated[
+        bool,
+        Parameter(
+            negative=(),
+            help=(
+                "Transformers have one head, as in checkpoints trained before April 2022: cin256, "
+                "text2img256, layout2img-openimages256."
+            ),
+        ),
+    ] = False,
 ) -> None:
-    """Turn a first stage of another program into a folder that `ldm.load` opens; nothing in it is run."""
+    """Turn a model of another program into a folder that `ldm.load` opens; nothing in it is run."""
     from ldm.bridge.transfer import import_to_folder
 
-    print(*import_to_folder(config, checkpoint, output=output), sep="\n")
+    print(*import_to_folder(config, checkpoint, output=output, one_head=one_head), sep="\n")
 
 
 @commands.command(name="export")
@@ -221,7 +239,7 @@ def export_model(
     output: Annotated[Path, Parameter(help="Folder to make.")],
     store: StoreUri = DEFAULT_STORE,
 ) -> None:
-    """Write a first stage in the layout of another program, read it back and report every difference."""
+    """Write a model in the layout of another program, read it back and report every difference."""
     from flows.export import find_exportable
     from ldm.bridge.transfer import export_to_folder
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from datasets.store import Store
 from flows.models import find_first_stage
 from ldm.bridge.transfer import of_artifact
-from ldm.model_folder import StoredModel, read_model_folder
+from ldm.model_folder import AnyStored, read_model_folder
 
 
-def find_exportable(store: str, spec: str) -> StoredModel:
-    """The first stage of a model folder, or of a registered `first-stage-NAME`, its alias, or a key's digits.
+def find_exportable(store: str, spec: str) -> AnyStored:
+    """The model of a folder, or the first stage of a registered `first-stage-NAME`, its alias, or a key.
 
     Raises:
         CheckpointError: the folder is damaged, or the first stage has no weights.

@@ -106,10 +106,16 @@ class Training(Config):
     batch_size: int = Field(gt=0)
     lr: float = Field(gt=0)
     """Learning rate at its height."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """`cosine` falls to a hundredth of `lr` at the end."""
+    lr_schedule: Literal["constant", "cosine", "warmup_cosine"] = "constant"
+    """`cosine` falls over the whole run, `warmup_cosine` from the end of the warm-up to `decay_images`."""
     warmup_images: int = Field(default=0, ge=0)
-    """Images over which the learning rate rises from zero."""
+    """Images over which the learning rate rises."""
+    warmup_start: float | None = Field(default=None, ge=0, le=1)
+    """Share of `lr` in the first step; None gives the first step one step's share of the rise."""
+    lr_floor: float = Field(default=0.01, ge=0, le=1)
+    """Share of `lr` that a cosine falls to."""
+    decay_images: int | None = Field(default=None, gt=0)
+    """Images at which `warmup_cosine` reaches its floor; None is the end of the run."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.01, ge=0)
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
@@ -129,7 +135,19 @@ class Training(Config):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        """A run has at least one step."""
+        """A run has at least one step, and its learning rate is one of the schedules."""
+        if self.decay_images is not None and self.lr_schedule != "warmup_cosine":
+            raise ValueError(
+                f"decay_images ({self.decay_images}) belongs to lr_schedule warmup_cosine, got "
+                f"{self.lr_schedule}; leave it out, or use warmup_cosine"
+            )
+        if self.lr_schedule == "warmup_cosine" and self.warmup_images >= (
+            self.decay_images or self.num_images
+        ):
+            raise ValueError(
+                f"warmup_images ({self.warmup_images}) must end before the learning rate has fallen, at "
+                f"{self.decay_images or self.num_images} images; use a shorter warm-up"
+            )
         if self.num_steps < 1:
             raise ValueError(
                 f"num_images ({self.num_images}) must reach one batch ({self.batch_size}); set it higher"
@@ -165,27 +183,78 @@ class Encoding(Config):
 
 
 class Diffusion(Config):
-    """The forward process and what the UNet predicts (paper App. B, eq. 2)."""
+    """The forward process, what the UNet predicts, and how its error counts (paper App. B, eq. 2)."""
 
+    schedule: Literal["linear", "sqrt_linear", "sqrt", "cosine", "flow"] = "linear"
+    """Names of the published code; `linear` is the published models'. `flow` is rectified flow's."""
     num_timesteps: int = Field(default=1000, ge=2)
     linear_start: float = Field(default=0.0015, gt=0, lt=1)
     linear_end: float = Field(default=0.0195, gt=0, lt=1)
-    """First and last beta; the square roots are spaced evenly."""
-    objective: Literal["eps", "v"] = "eps"
-    """What the UNet predicts: the noise, or v (Salimans & Ho 2022), which gets large shapes right sooner."""
+    """First and last beta of `linear` (square roots spaced evenly) and `sqrt_linear`; squares of `sqrt`'s."""
+    objective: Literal["eps", "v", "x0", "flow"] = "eps"
+    """What the UNet predicts: the noise, v (Salimans & Ho 2022), which gets large shapes right sooner, the
+    latent, or eps - x_0 (rectified flow)."""
+    loss: Literal["l2", "l1"] = "l2"
+    """Squared or absolute error."""
+    weighting: Literal["simple", "min_snr"] = "simple"
+    """Weight of each time step: 1, or that of Hang et al. 2023, capped where there is little noise."""
+    learn_log_variance: bool = False
+    """Learn a log-variance of the error per time step, which then weighs it; off in all published configs."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Noise rises, and an error is weighed one way."""
+        if self.linear_start > self.linear_end:
+            raise ValueError(
+                f"linear_start ({self.linear_start}) must not exceed linear_end ({self.linear_end}); "
+                "exchange them, noise rises with the time step"
+            )
+        if self.weighting == "min_snr" and (self.loss == "l1" or self.learn_log_variance):
+            raise ValueError(
+                "weighting min_snr is made for squared errors without a learned weight, got "
+                f"loss={self.loss}, learn_log_variance={self.learn_log_variance}; use loss=l2 without it, "
+                "or weighting=simple"
+            )
+        return self
 
 
 class Sampling(Config):
     """How pictures are drawn."""
 
-    sampler: Literal["ddim"] = "ddim"
+    sampler: Literal["ddim", "ddpm", "plms", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler", "heun"] = "ddim"
+    """See ldm/diffusion/samplers.py."""
     steps: int = Field(default=50, ge=1)
     eta: float = Field(default=0.0, ge=0)
+    """Noise of DDIM: 0 is deterministic, 1 as noisy as ddpm."""
     guidance: float = Field(default=1.0, ge=0)
     """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[int, int] | None = None
+    """First and last time step at which guidance acts; None is all of them."""
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+    """Share by which guided noise is scaled back to the unguided one's deviation (Lin et al. 2023)."""
     micro_batch: int = Field(default=64, gt=0)
     """Latents per forward pass, the last one padded; part of the bits."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Reject what would have no effect."""
+        if self.eta > 0 and self.sampler != "ddim":
+            raise ValueError(
+                f"eta ({self.eta}) is the noise of sampler ddim, and {self.sampler} has none to set; use "
+                "eta=0, or sampler=ddim"
+            )
+        if self.guidance == 1.0 and (self.guidance_interval is not None or self.guidance_rescale > 0):
+            raise ValueError(
+                f"guidance_interval ({self.guidance_interval}) and guidance_rescale "
+                f"({self.guidance_rescale}) need guidance, and a guidance of 1 is none; set guidance, or "
+                "leave them out"
+            )
+        if self.guidance_interval is not None and self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(
+                f"guidance_interval {self.guidance_interval} must rise; give the lower time step first"
+            )
+        return self
 
 
 class Evaluation(Config):
@@ -241,6 +310,17 @@ class Recipe(Config):
             raise ValueError(
                 f"sampling.guidance ({self.sampling.guidance}) needs `conditioning` with a null condition; "
                 "use 1 without one"
+            )
+        steps, num_timesteps = self.sampling.steps, self.diffusion.num_timesteps
+        if self.sampling.sampler == "ddpm" and steps != num_timesteps:
+            raise ValueError(
+                f"sampling.steps ({steps}) must be diffusion.num_timesteps ({num_timesteps}) for sampler "
+                f"ddpm, which leaves none out; use sampling.steps={num_timesteps}, or sampler=ddim with eta=1"
+            )
+        if self.sampling.sampler != "ddpm" and steps >= num_timesteps:
+            raise ValueError(
+                f"sampling.steps ({steps}) must be below diffusion.num_timesteps ({num_timesteps}) for "
+                f"sampler {self.sampling.sampler}; use at most {num_timesteps - 1}"
             )
         return self
 

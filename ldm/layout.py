@@ -7,7 +7,11 @@ from torch import Tensor, nn
 
 from ldm.config import FirstStageModel
 from ldm.errors import CheckpointError
+from ldm.model import Denoising
+from ldm.model_config import LatentDiffusionModel
+from ldm.models.conditioning import build_conditioner
 from ldm.models.first_stage import build_first_stage
+from ldm.models.unet import build_unet
 
 Layout = Mapping[str, tuple[int, ...]]
 """Name of a tensor -> its shape."""
@@ -23,6 +27,19 @@ def first_stage_layout(config: FirstStageModel) -> Layout:
     if not isinstance(model, nn.Module):
         return {}
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def networks_of(config: LatentDiffusionModel) -> Denoising:
+    """The UNet and the conditioning encoder of a config, with PyTorch's initialisation."""
+    conditioner = build_conditioner(config.conditioning, num_classes=config.num_classes)
+    return Denoising(build_unet(config.unet), conditioner)
+
+
+def networks_layout(config: LatentDiffusionModel) -> Layout:
+    """The tensors of the UNet (`unet.*`) and of the conditioning encoder (`conditioner.*`)."""
+    with torch.device("meta"):
+        networks = networks_of(config)
+    return {name: tuple(tensor.shape) for name, tensor in networks.state_dict().items()}
 
 
 def require_layout(tensors: Mapping[str, Tensor], layout: Layout, *, what: str) -> None:

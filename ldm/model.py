@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from datasets.manifest import Manifest
 from datasets.store import Store
 from ldm.config import FirstStageModel, Recipe, Sampling, require_divisible
-from ldm.diffusion.ddim import sample_ddim
 from ldm.diffusion.guidance import guide
 from ldm.diffusion.objective import Objective, eps_of_prediction
-from ldm.diffusion.schedule import Schedule, linear_schedule
+from ldm.diffusion.samplers import sample, timesteps_of
+from ldm.diffusion.schedule import Schedule, build_schedule
 from ldm.errors import ContractError
-from ldm.models.conditioning import ClassEmbedder, Conditioner, build_conditioner
-from ldm.models.first_stage import FirstStage, build_first_stage, decode_in_micro_batches
+from ldm.models.conditioning import ClassEmbedder, Conditioner, Hybrid, build_conditioner
+from ldm.models.first_stage import FirstStage, VQModel, build_first_stage, decode_in_micro_batches
 from ldm.models.unet import UNet, build_unet
 from ldm.training.randomness import generator
 
@@ -101,7 +101,7 @@ def check_finite(what: str, values: Tensor) -> None:
 class Denoising(nn.Module):
     """What is trained in the second stage: the UNet and the conditioning encoder."""
 
-    def __init__(self, unet: UNet, conditioner: Conditioner | None) -> None:
+    def __init__(self, unet: UNet, conditioner: Conditioner | Hybrid | None) -> None:
         super().__init__()
         self.unet = unet
         self.conditioner = conditioner
@@ -154,6 +154,16 @@ class LatentDiffusion:
         """Pictures (B, 3, H, W) in [-1, 1] of scaled latents."""
         return decode_in_micro_batches(self.first_stage, latents / self.scale, micro_batch=micro_batch)
 
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W), not clamped, of scaled latents in one pass, for image guiding.
+
+        The gradient passes a codebook as in training, straight through.
+        """
+        z = latents / self.scale
+        if isinstance(self.first_stage, VQModel):
+            return self.first_stage.decode_codes(self.first_stage.quantize(z).latent)
+        return self.first_stage.decode(z)
+
     @torch.no_grad()
     def sample_latents(
         self,
@@ -169,8 +179,8 @@ class LatentDiffusion:
 
         Args:
             labels: class indices; -1 asks for nothing in particular.
-            sampling: steps, eta, guidance, micro-batch, seed.
-            on_step: called with (evaluations done, evaluations in all).
+            sampling: sampler, steps, eta, guidance, micro-batch, seed.
+            on_step: called with (steps done, steps in all).
 
         Raises:
             ContractError: a label outside the model's classes, or guidance of an unconditional model.
@@ -229,12 +239,20 @@ class LatentDiffusion:
         if context is None or null is None:
             denoise = lambda x_t, t: self.predict(x_t, t, None)  # noqa: E731
         else:
-            denoise = guide(self.predict, context, null, scale=sampling.guidance)
-        return sample_ddim(
+            denoise = guide(
+                self.predict,
+                context,
+                null,
+                scale=sampling.guidance,
+                interval=sampling.guidance_interval,
+                rescale=sampling.guidance_rescale,
+            )
+        return sample(
+            sampling.sampler,
             denoise,
-            noise("x_T"),
+            x_T=noise("x_T"),
             schedule=self.schedule,
-            steps=sampling.steps,
+            times=timesteps_of(sampling.sampler, self.schedule, sampling.steps),
             eta=sampling.eta,
             noise=lambda step: noise("eta", step),
             on_step=on_step,
@@ -281,12 +299,12 @@ def assemble(
     classes: Sequence[str],
 ) -> LatentDiffusion:
     """The parts of a model put together as its recipe says."""
-    diffusion, model = recipe.diffusion, recipe.first_stage.model
+    model = recipe.first_stage.model
     return LatentDiffusion(
         first_stage=first_stage,
         networks=networks,
-        schedule=linear_schedule(diffusion.num_timesteps, diffusion.linear_start, diffusion.linear_end),
-        objective=diffusion.objective,
+        schedule=build_schedule(recipe.diffusion),
+        objective=recipe.diffusion.objective,
         scale=scale,
         latent_shape=(model.embed_dim, recipe.latent_size, recipe.latent_size),
         classes=tuple(classes),

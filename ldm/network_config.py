@@ -247,4 +247,38 @@ Conditioning = (
     | LowResConditioning
     | MaskedImageConditioning
 )
-"""All kinds, told apart by `kind`."""
+"""All kinds that a recipe may have, told apart by `kind`."""
+
+
+class HybridConditioning(Config):
+    """Tokens to attend to and maps beside the latent, both at once: for models of other programs alone.
+
+    The published code calls it `hybrid` and encodes one of the two; the other comes as the UNet is given it.
+    """
+
+    kind: Literal["hybrid"] = "hybrid"
+    tokens: ClassConditioning | CaptionConditioning | LayoutConditioning | EmbeddingsConditioning = Field(
+        discriminator="kind"
+    )
+    maps: SegmentationConditioning | LowResConditioning | MaskedImageConditioning = Field(
+        discriminator="kind"
+    )
+
+    @property
+    def context_dim(self) -> int:
+        """Width of a token."""
+        return self.tokens.context_dim
+
+    @property
+    def drop_rate(self) -> float:
+        """Share of token conditions replaced by the null condition in training."""
+        return self.tokens.drop_rate
+
+    @property
+    def has_null(self) -> bool:
+        """Whether there are tokens that ask for nothing; maps are kept as they are."""
+        return self.tokens.has_null
+
+    def concat_channels(self, latent: int) -> int:
+        """Channels of the maps beside a latent of `latent` channels."""
+        return self.maps.concat_channels(latent)

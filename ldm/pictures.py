@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 PAPER = (255, 255, 255)
 INK = (40, 40, 40)
@@ -20,16 +21,22 @@ MARGIN_PX = 6
 DOTS_PER_INCH = 110
 
 
-def png(image: NDArray[np.uint8] | Image.Image) -> bytes:
-    """Returns the PNG bytes of one uint8 image, (H, W), (H, W, 1), (H, W, 3) or a Pillow image."""
+def png(image: NDArray[np.uint8] | Image.Image, *, text: Mapping[str, str] | None = None) -> bytes:
+    """Returns the PNG bytes of one uint8 image, (H, W), (H, W, 1), (H, W, 3) or a Pillow image.
+
+    `text` is written into it, a chunk for each key; picture viewers show it as information on the file.
+    """
     if not isinstance(image, Image.Image):
         if image.dtype != np.uint8:
             raise ValueError(
                 f"a PNG is made of uint8 values, got {image.dtype}; use ldm.range.to_uint8 first"
             )
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_itxt(key, value)
     buffer = BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", pnginfo=chunks)
     return buffer.getvalue()
 
 

@@ -1,16 +1,17 @@
 """A mapping of somebody else's config, read value by value: nothing in it is imported, called or guessed."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from ldm.config import FirstStageModel
+from ldm.config import Config, FirstStageModel
 from ldm.errors import CheckpointError
 from ldm.layout import listed
 
 T = TypeVar("T", bool, int, float, str)
+C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,32 @@ class Section:
             )
         return found
 
+    def optional(self, key: str, kind: type[T]) -> T | None:
+        """The value under a key; None where it is absent or null.
+
+        Raises:
+            CheckpointError: it is of another type.
+        """
+        return None if self.values.get(key) is None else self.value(key, kind)
+
+    def one_of(self, key: str, choices: Iterable[str], default: str | None = None) -> str:
+        """The text under a key, which must be one of these.
+
+        Raises:
+            CheckpointError: it is another one, or absent and without a default.
+        """
+        found, known = self.value(key, str, default), list(choices)
+        if found not in known:
+            raise CheckpointError(
+                f"{self.place(key)} must be one of {', '.join(known)}, got {found!r}; our models have no "
+                "other form"
+            )
+        return found
+
+    def empty(self, key: str) -> "Section":
+        """A mapping without values under a key, where it may be left out."""
+        return Section(self.source, f"{self.path}.{key}".lstrip("."), {})
+
     def many(self, key: str, kind: type[T], default: tuple[T, ...] | None = None) -> tuple[T, ...]:
         """The list under a key, or the default where the key is absent.
 
@@ -94,9 +121,24 @@ class Section:
             found = self.values.get(key, wanted)
             if found != wanted or isinstance(found, bool) != isinstance(wanted, bool):
                 raise CheckpointError(
-                    f"{self.place(key)} must be {wanted!r}, got {found!r}; our first stages have no "
-                    "other form"
+                    f"{self.place(key)} must be {wanted!r}, got {found!r}; our models have no other form"
                 )
+
+
+def validated(kind: type[C], source: str, /, **values: object) -> C:
+    """A config of translated values.
+
+    Raises:
+        CheckpointError: no model can be built from them.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        said = "; ".join(
+            ": ".join(filter(None, [".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")]))
+            for e in error.errors()
+        )
+        raise CheckpointError(f"{source} must describe a model that can be built; {said}") from None
 
 
 def first_stage_model(source: str, **values: object) -> FirstStageModel:
@@ -105,11 +147,4 @@ def first_stage_model(source: str, **values: object) -> FirstStageModel:
     Raises:
         CheckpointError: no first stage can be built from them.
     """
-    try:
-        return FirstStageModel.model_validate(values)
-    except ValidationError as error:
-        said = "; ".join(
-            ": ".join(filter(None, [".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")]))
-            for e in error.errors()
-        )
-        raise CheckpointError(f"{source} must describe a first stage that can be built; {said}") from None
+    return validated(FirstStageModel, source, **values)

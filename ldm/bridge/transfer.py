@@ -1,36 +1,40 @@
-"""Whole imports and exports: other programs' files to a model folder, and back with a report of parity.
-
-B batch, H W height and width of pictures in [-1, 1].
-"""
+"""Whole imports and exports: other programs' files to a model folder, and back with a report of parity."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from safetensors.torch import load
-from torch import Tensor
 
 from datasets.keys import sha256_file
 from datasets.manifest import Manifest
 from datasets.store import Store
-from ldm.bridge import compvis, diffusers
+from ldm.bridge import compvis, compvis_ldm, diffusers, diffusers_ldm
+from ldm.bridge.compvis_ldm_config import TARGETS, may_have_one_head
+from ldm.bridge.parity import parity, said
 from ldm.config import FirstStageModel
+from ldm.diffusion_model import DiffusionModel
 from ldm.errors import CheckpointError
 from ldm.model import WEIGHTS, Autoencoder
-from ldm.model_folder import Origin, StoredModel, appearing_whole, autoencoder_of, write_model_folder
+from ldm.model_folder import (
+    AnyStored,
+    Origin,
+    StoredDiffusion,
+    StoredModel,
+    appearing_whole,
+    autoencoder_of,
+    diffusion_model_of,
+    write_model_folder,
+)
 
 Format = Literal["compvis", "diffusers"]
-WRITERS = {"compvis": compvis.write_first_stage, "diffusers": diffusers.write_first_stage}
 PARITY = "parity.json"
-SIDE_PX = 64
-"""Least side of the picture that parity is measured on."""
-SEED = 0
 
 
-def read_foreign(config: Path, checkpoint: Path | None) -> StoredModel:
-    """The model of a diffusers folder, or of a published YAML with its checkpoint.
+def read_foreign(
+    config: Path, checkpoint: Path | None, *, one_head: bool = False
+) -> tuple[AnyStored, list[str]]:
+    """The model of a diffusers folder, or of a published YAML with its checkpoint, and notes on its reading.
 
     Raises:
         CheckpointError: the files cannot be read, do not fit each other, or one of them is not given.
@@ -41,22 +45,37 @@ def read_foreign(config: Path, checkpoint: Path | None) -> StoredModel:
                 f"a diffusers folder brings its own weights, got {config} and {checkpoint}; leave the "
                 "latter out"
             )
-        return diffusers.read_first_stage(config)
+        refuse_one_head(one_head)
+        return diffusers.read_first_stage(config), []
     if checkpoint is None:
         raise CheckpointError(
             f"a published YAML comes with a checkpoint, got {config} alone; name the .ckpt behind it, or "
             "give a folder that diffusers wrote"
         )
-    return compvis.read_first_stage(config, checkpoint)
+    section = compvis.read_model_section(config)
+    if section.values.get("target") not in TARGETS:
+        refuse_one_head(one_head)
+        return compvis.read_first_stage(config, checkpoint), []
+    model = compvis_ldm.read_latent_diffusion(section, checkpoint, one_head=one_head)
+    open_question = may_have_one_head(section)
+    return model, compvis_ldm.read_notes(section, model, one_head=one_head, may_have=open_question)
 
 
-def import_to_folder(config: Path, checkpoint: Path | None, *, output: Path) -> list[str]:
+def refuse_one_head(one_head: bool) -> None:
+    """Refuse a choice about transformers for a model without any."""
+    if one_head:
+        raise CheckpointError("--one-head is for latent diffusion models with transformers; leave it out")
+
+
+def import_to_folder(
+    config: Path, checkpoint: Path | None, *, output: Path, one_head: bool = False
+) -> list[str]:
     """Write a foreign model as a model folder; returns what was found, line by line.
 
     Raises:
         CheckpointError: see `read_foreign`, or the output exists.
     """
-    model = read_foreign(config, checkpoint)
+    model, notes = read_foreign(config, checkpoint, one_head=one_head)
     write_model_folder(output, model)
     lines = [f"{output}: {described(model)}", f"from {model.origin.file}, sha256 {model.origin.sha256}"]
     if model.origin.facts:
@@ -66,14 +85,30 @@ def import_to_folder(config: Path, checkpoint: Path | None, *, output: Path) -> 
             f"training state kept beside the model: {len(model.training_state)} tensors, such as "
             f"{min(model.training_state)}"
         )
-    return lines
+    return lines + notes
 
 
-def described(model: StoredModel) -> str:
+def described(model: AnyStored) -> str:
     """A model in a few words."""
+    if isinstance(model, StoredModel):
+        return first_stage_described(model.config, sum(tensor.numel() for tensor in model.weights.values()))
     config = model.config
+    counts = {
+        part: sum(tensor.numel() for name, tensor in model.weights.items() if name.startswith(part))
+        for part in ("unet", "conditioner")
+    }
+    first_stage = sum(tensor.numel() for tensor in model.first_stage.values())
+    asked = "unconditional" if config.conditioning is None else f"conditioned on {config.conditioning.kind}"
+    return (
+        f"latent diffusion model, {asked}, UNet {counts['unet']:,} parameters"
+        f"{', averaged and raw' if config.has_ema else ''}, conditioning encoder {counts['conditioner']:,}, "
+        f"scale {config.scale:g}, {first_stage_described(config.first_stage, first_stage)}"
+    )
+
+
+def first_stage_described(config: FirstStageModel, count: int) -> str:
+    """A first stage in a few words."""
     codes = f", {config.num_codes} codes" if config.num_codes else ""
-    count = sum(tensor.numel() for tensor in model.weights.values())
     return (
         f"{config.kind} first stage, f = {config.factor}, c = {config.embed_dim}{codes}, {count:,} parameters"
     )
@@ -93,7 +128,32 @@ def of_artifact(store: Store, manifest: Manifest) -> StoredModel:
     return StoredModel(config, load(data), Origin(format="artifact", file=manifest.key, sha256=file.sha256))
 
 
-def export_to_folder(model: StoredModel, output: Path, *, format: Format) -> list[str]:
+def ready(model: AnyStored) -> Autoencoder | DiffusionModel:
+    """A stored model ready for use."""
+    return autoencoder_of(model) if isinstance(model, StoredModel) else diffusion_model_of(model)
+
+
+def written_and_read(model: AnyStored, folder: Path, format: Format) -> AnyStored:
+    """Write a model in a foreign layout into a folder; returns what is read from there.
+
+    Raises:
+        CheckpointError: the layout has no such model.
+    """
+    match format, model:
+        case "compvis", StoredDiffusion():
+            compvis_ldm.write_latent_diffusion(model, folder)
+        case "compvis", StoredModel():
+            compvis.write_first_stage(model, folder)
+        case "diffusers", StoredDiffusion():
+            diffusers_ldm.write_latent_diffusion(model, folder)
+            return diffusers_ldm.read_back(model, folder)
+        case "diffusers", StoredModel():
+            diffusers.write_first_stage(model, folder)
+            return read_foreign(folder, None)[0]
+    return read_foreign(folder / compvis.CONFIG, folder / compvis.CHECKPOINT)[0]
+
+
+def export_to_folder(model: AnyStored, output: Path, *, format: Format) -> list[str]:
     """Write a model in a foreign layout, read it back and compare; returns the report, line by line.
 
     The report is kept as `parity.json` in the output.
@@ -102,49 +162,16 @@ def export_to_folder(model: StoredModel, output: Path, *, format: Format) -> lis
         CheckpointError: the layout has no such model, or the output exists.
     """
     with appearing_whole(output) as temporary:
-        WRITERS[format](model, temporary)
-        back = (
-            (temporary, None)
-            if format == "diffusers"
-            else (temporary / compvis.CONFIG, temporary / compvis.CHECKPOINT)
-        )
+        back = written_and_read(model, temporary, format)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
         report = {
             "format": format,
-            "files": {file.name: sha256_file(file) for file in sorted(temporary.iterdir())},
+            "files": {file.relative_to(temporary).as_posix(): sha256_file(file) for file in files},
             "origin": model.origin.model_dump(mode="json"),
-            "parity": parity(autoencoder_of(model), autoencoder_of(read_foreign(*back))),
+            "parity": parity(ready(model), ready(back)),
         }
         (temporary / PARITY).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     lines = [f"{output}: {described(model)}, as {format}", *said(report["parity"])]
     kept = len(model.training_state) if format == "compvis" else 0
     lines.append(f"training state: {kept} tensors written back" if kept else "training state is not exported")
     return lines
-
-
-def parity(model: Autoencoder, exported: Autoencoder) -> dict[str, Any]:
-    """Largest differences between two autoencoders that ought to be one, on a fixed random picture."""
-    side = max(SIDE_PX, model.config.factor)
-    x = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(SEED)) * 2.0 - 1.0
-    outputs = [latent_and_reconstruction(autoencoder, x) for autoencoder in (model, exported)]
-    return {
-        "picture": f"uniform in [-1, 1], {side} px, seed {SEED}",
-        "largest_difference": {
-            name: float((outputs[0][name] - outputs[1][name]).abs().amax()) for name in outputs[0]
-        },
-        "largest_value": {name: float(tensor.abs().amax()) for name, tensor in outputs[0].items()},
-    }
-
-
-def latent_and_reconstruction(autoencoder: Autoencoder, x: Tensor) -> dict[str, Tensor]:
-    """What an autoencoder makes of pictures (B, 3, H, W): both its outputs."""
-    latent = autoencoder.encode(x)
-    return {"latent": latent, "reconstruction": autoencoder.decode(latent)}
-
-
-def said(report: dict[str, Any]) -> Sequence[str]:
-    """A parity report for people, a line per output."""
-    return [
-        f"read back, largest difference of the {name}: {difference:g} "
-        f"(values up to {report['largest_value'][name]:.3g})"
-        for name, difference in report["largest_difference"].items()
-    ]

@@ -3,33 +3,30 @@
 B batch; x is (B, ...).
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.objective import Denoiser
 from ldm.diffusion.schedule import Schedule
-
-NoiseSource = Callable[[int], Tensor]
-"""Step index -> standard normal noise of the shape of x."""
+from ldm.diffusion.times import Correction, NoiseSource, OnStep, batch_of, walk
 
 
-def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """`steps` time steps, falling, evenly spaced and ending at the first one above zero noise.
+def ddim_sigma(alpha_bar: Tensor, before: Tensor, *, eta: float) -> Tensor:
+    """Deviation of the noise drawn on the way from alpha_bar to the less noisy `before` (eq. 16 there)."""
+    return eta * ((1 - before) / (1 - alpha_bar) * (1 - alpha_bar / before)).sqrt()
 
-    Differs: the published spacing (every T // steps, plus one) gives more steps than asked where steps does
-    not divide T, and for some counts an index past the end; where it works, this gives the same.
 
-    Raises:
-        ValueError: when more steps are asked for than there are.
-    """
-    if not 1 <= steps <= num_timesteps - 1:
-        raise ValueError(
-            f"steps ({steps}) must be between 1 and {num_timesteps - 1}, one less than num_timesteps"
-        )
-    span = num_timesteps if 2 * steps <= num_timesteps else num_timesteps - 1
-    return [i * span // steps + 1 for i in reversed(range(steps))]
+def ddim_step(
+    x: Tensor, eps: Tensor, *, schedule: Schedule, t: int, after: int, eta: float = 0.0
+) -> tuple[Tensor, float]:
+    """X at the time step `after` without its fresh noise, and the deviation of that noise (eq. 12 there)."""
+    alpha_bar, target = schedule.alpha_bar[t], schedule.alpha_bar[after]
+    sigma = ddim_sigma(alpha_bar, target, eta=eta)
+    x_0 = (x - float((1 - alpha_bar).sqrt()) * eps) / float(alpha_bar.sqrt())
+    x = float(target.sqrt()) * x_0 + float((1 - target - sigma**2).clamp(min=0).sqrt()) * eps
+    return x, float(sigma)
 
 
 @torch.no_grad()
@@ -38,42 +35,37 @@ def sample_ddim(
     x_T: Tensor,
     *,
     schedule: Schedule,
-    steps: int,
+    times: Sequence[int],
     eta: float = 0.0,
     noise: NoiseSource | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    correct: Correction | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
-    """Draw x_0.
+    """Draw x_0, one evaluation of the denoiser per time step.
 
     Args:
         denoise: (x_t, t) -> eps.
-        x_T: (B, ...) standard normal noise.
+        x_T: (B, ...) at the noise level of the first time step.
         schedule: the forward process.
-        steps: evaluations of the denoiser.
+        times: falling time steps (`ddim_timesteps`).
         eta: 0 is deterministic, 1 as noisy as ancestral sampling.
         noise: what eta > 0 draws from.
-        on_step: called with (done, steps).
+        correct: changes x before each step.
+        on_step: told after each step.
 
     Returns:
         x_0, shaped like x_T.
 
     Raises:
-        ValueError: eta > 0 without a source of noise, or an impossible number of steps.
+        ValueError: eta > 0 without a source of noise, or time steps that do not fall.
     """
     if eta > 0 and noise is None:
         raise ValueError(f"eta ({eta}) > 0 draws noise at every step; give a noise source or eta=0")
-    times = ddim_timesteps(schedule.num_timesteps, steps)
-    x = x_T
-    for i, t in enumerate(times):
+
+    def step(x: Tensor, i: int, t: int, after: int) -> Tensor:
         # Differs: the last step lands on alpha_bar_0, as published, not on 1.
-        alpha_bar = schedule.alpha_bar[t]
-        previous = schedule.alpha_bar[times[i + 1] if i + 1 < len(times) else 0]
-        sigma = eta * ((1 - previous) / (1 - alpha_bar) * (1 - alpha_bar / previous)).sqrt()
-        eps = denoise(x, torch.full((len(x),), t, device=x.device))
-        x_0 = (x - float((1 - alpha_bar).sqrt()) * eps) / float(alpha_bar.sqrt())
-        x = float(previous.sqrt()) * x_0 + float((1 - previous - sigma**2).clamp(min=0).sqrt()) * eps
-        if noise is not None and eta > 0:
-            x = x + float(sigma) * noise(i)
-        if on_step is not None:
-            on_step(i + 1, steps)
-    return x
+        eps = denoise(x, batch_of(t, x))
+        x, sigma = ddim_step(x, eps, schedule=schedule, t=t, after=after, eta=eta)
+        return x + sigma * noise(i) if noise is not None and eta > 0 else x
+
+    return walk(step, x_T, times, schedule=schedule, correct=correct, on_step=on_step)

@@ -31,6 +31,7 @@ from ldm.network_config import (
     ClassVectorConditioning,
     Conditioning,
     EmbeddingsConditioning,
+    HybridConditioning,
     LayoutConditioning,
     LowResConditioning,
     MaskedImageConditioning,
@@ -142,11 +143,20 @@ class SpatialRescaler(nn.Module):
         return torch.full_like(like, -1)
 
 
+class Hybrid(nn.Module):
+    """Two encoders side by side: of what becomes tokens, and of what becomes maps."""
+
+    def __init__(self, tokens: "Conditioner", maps: "Conditioner") -> None:
+        super().__init__()
+        self.tokens, self.maps = tokens, maps
+
+
 def masked_condition(encoded: Tensor, mask: Tensor) -> Tensor:
     """The condition of inpainting: what is left of a picture, encoded, and where it is to be painted.
 
     Args:
-        encoded: (B, C, h, w) scaled latents of the picture whose masked pixels were made black, -1.
+        encoded: (B, C, h, w) latents of the picture whose masked pixels were made black, -1; not scaled, as
+            published.
         mask: (B, 1, H, W), 1 where the picture is to be painted, 0 where it is known.
 
     Returns:
@@ -182,7 +192,9 @@ def build_transformer(config: CaptionConditioning | LayoutConditioning) -> Trans
     )
 
 
-def build_conditioner(config: Conditioning | None, *, num_classes: int) -> Conditioner | None:
+def build_conditioner(
+    config: Conditioning | HybridConditioning | None, *, num_classes: int
+) -> Conditioner | Hybrid | None:
     """The conditioning encoder of a recipe; None for an unconditional one.
 
     Args:
@@ -208,3 +220,9 @@ def build_conditioner(config: Conditioning | None, *, num_classes: int) -> Condi
             return AsGiven()
         case MaskedImageConditioning():
             return AsGiven(last_channel=1.0)
+        case HybridConditioning():
+            tokens = build_conditioner(config.tokens, num_classes=num_classes)
+            maps = build_conditioner(config.maps, num_classes=num_classes)
+            assert not isinstance(tokens, Hybrid | None)
+            assert not isinstance(maps, Hybrid | None)
+            return Hybrid(tokens, maps)

@@ -92,17 +92,21 @@ def grid_labels(num_classes: int, *, per_class: int) -> list[int]:
 def sample_grid(model: LatentDiffusion, recipe: Recipe, *, per_class: int, steps: int) -> bytes:
     """PNG of samples, class after class, about as wide as high, as trackers show small pictures best."""
     labels = grid_labels(len(model.classes), per_class=per_class)
-    sampling = recipe.sampling.model_copy(update={"micro_batch": len(labels), "steps": steps})
+    # DDIM, because a look on the way has few steps, with which some samplers make no sense
+    few = {"micro_batch": len(labels), "steps": steps, "sampler": "ddim"}
+    sampling = recipe.sampling.model_copy(update=few)
     images = to_uint8(model.sample(labels, sampling))
     columns = per_class * max(1, round(math.sqrt(len(labels)) / per_class))
     return png(grid(images, columns=columns, scale=max(1, 96 // images.shape[1])))
 
 
-def labelled_grid(images: np.ndarray, classes: Sequence[str], *, per_class: int) -> bytes:
-    """PNG of pictures (N, H, W, 3), `per_class` to a row, rows named by class."""
+def labelled_grid(
+    images: np.ndarray, classes: Sequence[str], *, per_class: int, text: Mapping[str, str] | None = None
+) -> bytes:
+    """PNG of pictures (N, H, W, 3), `per_class` to a row, rows named by class; `text` is kept in the file."""
     rows = classes[: len(images) // per_class] if classes else ()
     scale = max(1, 128 // images.shape[1])
-    return png(grid(images, columns=per_class, scale=scale, row_labels=rows))
+    return png(grid(images, columns=per_class, scale=scale, row_labels=rows), text=text)
 
 
 def load_model(store: Store, manifest: Manifest, recipe: Recipe) -> LatentDiffusion:

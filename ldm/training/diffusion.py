@@ -3,15 +3,15 @@
 B batch, C channels of the latent, h w its height and width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from datasets.stream import SampleReader
 from ldm.config import Recipe, Training
-from ldm.diffusion.objective import draw_timesteps, prediction_loss
-from ldm.diffusion.schedule import linear_schedule
+from ldm.diffusion.objective import draw_timesteps, loss_weights, prediction_loss, with_log_variance
+from ldm.diffusion.schedule import build_schedule
 from ldm.latents import LatentContract, scaled_latent
 from ldm.model import Denoising, build_denoising
 from ldm.models.conditioning import ClassEmbedder, drop_labels
@@ -53,8 +53,15 @@ class DiffusionTrainee:
         self.networks = build_denoising(recipe, num_classes=num_classes)
         self.networks.train()
         diffusion = recipe.diffusion
-        self.schedule = linear_schedule(diffusion.num_timesteps, diffusion.linear_start, diffusion.linear_end)
-        self.optimizer = adamw(self.networks, self.training)
+        self.schedule = build_schedule(diffusion)
+        self.weights = loss_weights(
+            self.schedule, objective=diffusion.objective, weighting=diffusion.weighting
+        )
+        self.log_variance = (
+            nn.Parameter(torch.zeros(diffusion.num_timesteps)) if diffusion.learn_log_variance else None
+        )
+        learned = [] if self.log_variance is None else [self.log_variance]
+        self.optimizer = adamw([*self.networks.parameters(), *learned], self.training)
         self.ema = Ema(dict(self.networks.named_parameters()), decay=self.training.ema_decay)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -81,8 +88,12 @@ class DiffusionTrainee:
             eps,
             schedule=self.schedule,
             objective=self.recipe.diffusion.objective,
+            distance=self.recipe.diffusion.loss,
         )
-        loss = losses.mean()
+        weighted = self.weights[t] * losses
+        if self.log_variance is not None:
+            weighted = with_log_variance(weighted, self.log_variance, t)
+        loss = weighted.mean()
         loss.backward()
         logged = {"loss": loss.detach(), **self.by_timestep(losses.detach(), t)}
         if self.training.clip_norm is not None:
@@ -115,6 +126,7 @@ class DiffusionTrainee:
             **module_tensors(self.networks, "networks"),
             **optimizer_tensors(self.optimizer, "optimizer"),
             **{f"ema.{name}": value for name, value in self.ema.averages.items()},
+            **({} if self.log_variance is None else {"log_variance": self.log_variance.detach()}),
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -123,6 +135,8 @@ class DiffusionTrainee:
         load_optimizer(self.optimizer, tensors, "optimizer")
         for name, average in self.ema.averages.items():
             average.copy_(tensors[f"ema.{name}"])
+        if self.log_variance is not None:
+            self.log_variance.data.copy_(tensors["log_variance"])
 
     def averaged(self) -> Denoising:
         """The networks with their averaged weights, in evaluation mode."""
@@ -135,10 +149,10 @@ class DiffusionTrainee:
         return self.look_at(self.averaged())
 
 
-def adamw(module: nn.Module, training: Training) -> torch.optim.Optimizer:
+def adamw(parameters: Iterable[nn.Parameter], training: Training) -> torch.optim.Optimizer:
     """AdamW (paper App. E; Loshchilov & Hutter 2019) in one fused kernel."""
     return torch.optim.AdamW(
-        module.parameters(),
+        parameters,
         lr=training.lr,
         betas=training.betas,
         weight_decay=training.weight_decay,

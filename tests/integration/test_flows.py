@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from datasets.store import Store
 from flows import progress
@@ -243,11 +244,20 @@ def test_sample_writes_a_grid_of_the_classes_asked_for(tiny_store: Path, tmp_pat
         "--classes",
         "red",
         "3",
+        "--sampler",
+        "dpmpp_2m",
+        "--seed",
+        "5",
     ]
     status, said, err = cli("sample", "ldm-demo@candidate", *options)
     assert status == 0, err
     assert "4 pictures of model" in " ".join(said.split())
-    assert output.read_bytes().startswith(b"\x89PNG")
+    with Image.open(output) as grid:
+        assert grid.format == "PNG"
+        said_inside = grid.info
+    assert (said_inside["recipe"], said_inside["seed"]) == ("demo", "5")
+    assert json.loads(said_inside["sampling"])["sampler"] == "dpmpp_2m"
+    assert Store(tiny_store).manifests("train-ldm")[0].key == said_inside["model"]
 
 
 @pytest.mark.slow

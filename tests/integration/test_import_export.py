@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import ldm
-from ldm.model import load_first_stage
+from ldm.config import FirstStageModel
+from ldm.model import Autoencoder, load_first_stage
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 VQ, KL = FIXTURES / "vq_first_stage", FIXTURES / "kl_first_stage"
@@ -33,6 +34,13 @@ def refusal(ended: tuple[int, str, str]) -> str:
     return err
 
 
+def first_stage(folder: Path) -> FirstStageModel:
+    """The config of the first stage in a folder."""
+    autoencoder = ldm.load(folder)
+    assert isinstance(autoencoder, Autoencoder)
+    return autoencoder.config
+
+
 def names(folder: Path) -> set[str]:
     """What is in a folder."""
     return {path.name for path in folder.iterdir()}
@@ -52,7 +60,7 @@ def test_an_import_says_what_it_found_and_can_be_loaded(cli: Cli, tmp_path: Path
     assert re.search(r"vq first stage, f = 4, c = 3, 32 codes, 1,368,670 parameters", said)
     assert re.search(r"from model.ckpt, sha256 [0-9a-f]{64}\nit says: .*global_step 1234", said)
     assert re.search(r"training state kept beside the model: 3 tensors, such as loss\.", said)
-    assert ldm.load(tmp_path / "vq").config.num_codes == 32
+    assert first_stage(tmp_path / "vq").num_codes == 32
 
 
 @pytest.mark.parametrize(
@@ -127,7 +135,7 @@ def test_what_cannot_be_transferred_is_refused_and_leaves_nothing(
 def test_nothing_is_overwritten(cli: Cli, imported: Path) -> None:
     arguments = ["import", str(KL / "config.yaml"), str(KL / "model.ckpt"), "--output", str(imported)]
     assert re.search(r"nothing is overwritten, and .* exists; name another folder", refusal(cli(*arguments)))
-    assert ldm.load(imported).config.kind == "vq"
+    assert first_stage(imported).kind == "vq"
 
 
 def test_what_a_layout_cannot_express_is_named(cli: Cli, tmp_path: Path) -> None:
@@ -136,3 +144,49 @@ def test_what_a_layout_cannot_express_is_named(cli: Cli, tmp_path: Path) -> None
     said = refusal(cli("export", kl, "--format", "diffusers", "--output", str(tmp_path / "out")))
     assert re.search(r"embed_dim must equal z_channels, and this model has 6 and 8; export it with", said)
     assert names(tmp_path) == {"kl"}
+
+
+CLASSES = FIXTURES / "ldm_class_crossattn"
+
+
+@pytest.fixture
+def diffusion_model(cli: Cli, tmp_path: Path) -> Path:
+    """Model folder of the published class-conditional case."""
+    folder = tmp_path / "models" / "classes"
+    files = [str(CLASSES / name) for name in ("config.yaml", "model.ckpt")]
+    said = done(cli("import", *files, "--output", str(folder)))
+    assert re.search(r"latent diffusion model, conditioned on class_label, UNet 1,175,203 parameters", said)
+    assert re.search(r"training state kept beside the model: 12 tensors, such as alphas_cumprod", said)
+    return folder
+
+
+def test_a_whole_model_is_imported_and_sampled_by_class(
+    cli: Cli, diffusion_model: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "out.png"
+    few = ["--per-class", "1", "--steps", "2", "--output", str(picture)]
+    said = done(cli("sample", str(diffusion_model), "--classes", "3", "7", "--guidance", "2", *few))
+    assert re.search(r"2\s+pictures\s+of\s+model", said)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    unknown = refusal(cli("sample", str(diffusion_model), "--classes", "10", *few))
+    assert re.search(r"unknown class '10'; this model knows 0, 1, ", unknown)
+
+
+@pytest.mark.parametrize("format", ["compvis", "diffusers"])
+def test_a_whole_model_is_exported_without_a_difference(
+    cli: Cli, diffusion_model: Path, tmp_path: Path, format: str
+) -> None:
+    said = done(cli("export", str(diffusion_model), "--format", format, "--output", str(tmp_path / "out")))
+    for name in ("eps", "sample", "reconstruction"):
+        assert re.search(rf"read back, largest difference of the {name}: 0 \(values up to [1-9]", said)
+
+
+def test_a_first_stage_is_not_sampled_and_has_no_heads_to_choose(
+    cli: Cli, imported: Path, tmp_path: Path
+) -> None:
+    said = refusal(cli("sample", str(imported), "--output", str(tmp_path / "out.png")))
+    assert re.search(r"holds a first stage, which has no samples of its own", said)
+    files = [str(VQ / "config.yaml"), str(VQ / "model.ckpt"), "--output", str(tmp_path / "again")]
+    assert re.search(
+        r"--one-head is for latent diffusion models", refusal(cli("import", *files, "--one-head"))
+    )

@@ -16,6 +16,7 @@ from ldm.bridge.diffusers import CONFIG, WEIGHTS
 from ldm.bridge.transfer import export_to_folder, import_to_folder
 from ldm.config import FirstStageModel
 from ldm.layout import first_stage_layout
+from ldm.model import Autoencoder
 from ldm.model_folder import Origin, StoredModel, autoencoder_of, read_model_folder
 
 pytestmark = pytest.mark.parity
@@ -101,6 +102,7 @@ def test_a_folder_that_diffusers_wrote_is_read_and_its_scaling_factor_kept(
     theirs.save_pretrained(tmp_path / "theirs")
     import_to_folder(tmp_path / "theirs", None, output=tmp_path / "ours")
     ours = ldm.load(tmp_path / "ours")
+    assert isinstance(ours, Autoencoder)
     assert (ours.config.attention_factors, ours.config.channels, ours.config.factor) == ((2,), 8, 2)
     x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
     z, reconstruction = latent_and_reconstruction(theirs, x)

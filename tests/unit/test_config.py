@@ -117,7 +117,46 @@ BROKEN = {
         r"unknown key 'dataset\.source\.trains'; did you mean 'train'\?",
     ),
     "unknown key, none like it": (["encoding.xyz=1"], r"'encoding\.xyz'; known: dtype, micro_batch"),
-    "unknown choice": (["sampling.sampler=euler"], r"sampling\.sampler: Input should be 'ddim', got 'euler'"),
+    "unknown choice": (
+        ["sampling.sampler=ddimm"],
+        r"sampling\.sampler: Input should be 'ddim', .*got 'ddimm'",
+    ),
+    "eta of a sampler without": (
+        ["sampling.sampler=plms", "sampling.eta=0.5"],
+        r"eta \(0\.5\) is the noise of sampler ddim, and plms has none to set; use eta=0",
+    ),
+    "ancestral sampling with steps left out": (
+        ["sampling.sampler=ddpm"],
+        r"sampling\.steps \(30\) must be diffusion\.num_timesteps \(1000\) for sampler ddpm, .*; use",
+    ),
+    "as many steps as time steps": (
+        ["sampling.steps=1000"],
+        r"sampling\.steps \(1000\) must be below diffusion\.num_timesteps \(1000\) .*; use at most 999",
+    ),
+    "guidance without guidance": (
+        ["sampling.guidance=1", "sampling.guidance_rescale=0.5"],
+        r"guidance_rescale \(0\.5\) need guidance, and a guidance of 1 is none; set guidance",
+    ),
+    "falling interval": (
+        ["sampling.guidance_interval=[800, 200]"],
+        r"guidance_interval \(800, 200\) must rise; give the lower",
+    ),
+    "falling betas": (
+        ["diffusion.linear_start=0.5"],
+        r"linear_start \(0\.5\) must not exceed linear_end \(0\.0195\)",
+    ),
+    "two ways to weigh": (
+        ["diffusion.weighting=min_snr", "diffusion.loss=l1"],
+        r"min_snr is made for squared errors .* got loss=l1, .*; use loss=l2",
+    ),
+    "end of a fall that there is not": (
+        ["training.decay_images=100"],
+        r"decay_images \(100\) belongs to lr_schedule warmup_cosine, got cosine; leave it out",
+    ),
+    "warm-up after the fall": (
+        ["training.lr_schedule=warmup_cosine", "training.decay_images=100"],
+        r"warmup_images \(2000\) must end before the learning rate has fallen, at 100 images",
+    ),
     "no assignment": (["training.num_images"], r"--set takes key=value .*, got 'training\.num_images'"),
     "empty key": (["training..num_images=1"], r"--set takes key=value .*, got 'training\.\.num_images=1'"),
     "no YAML": (

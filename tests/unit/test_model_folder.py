@@ -9,7 +9,7 @@ import ldm
 from ldm.config import FirstStageModel
 from ldm.errors import CheckpointError, ContractError
 from ldm.layout import first_stage_layout
-from ldm.model import WEIGHTS
+from ldm.model import WEIGHTS, Autoencoder
 from ldm.model_folder import (
     CARD,
     TRAINING_STATE,
@@ -55,6 +55,7 @@ def test_load_gives_an_autoencoder_that_checks_what_it_is_given(tmp_path: Path) 
     write_model_folder(tmp_path / "model", some_model())
     state = torch.get_rng_state()
     autoencoder = ldm.load(str(tmp_path / "model"))
+    assert isinstance(autoencoder, Autoencoder)
     assert torch.equal(torch.get_rng_state(), state)
     assert isinstance(autoencoder.first_stage, VQModel)
     assert not autoencoder.first_stage.training
@@ -134,9 +135,9 @@ def edit(**changes: object) -> Callable[[Path], None]:
         ),
         (lambda folder: (folder / CARD).unlink(), r"a model folder must hold a readable model.json"),
         (lambda folder: (folder / CARD).write_text("{"), r"model.json must be what this version"),
-        (edit(format=2), r"model.json must be what .* writes; format: Input should be 1"),
-        (edit(kind="video"), r"kind: Input should be 'first_stage'"),
-        (edit(files={"../../weights.safetensors": "0"}), r"files.*Input should be 'weights.safetensors' or"),
+        (edit(format=2), r"model.json must be what .* writes; .*format: Input should be 1"),
+        (edit(kind="video"), r"expected tags: 'first_stage', 'latent_diffusion'"),
+        (edit(files={"../../weights.safetensors": "0"}), r"files.*should be 'weights.safetensors', "),
         (edit(files={}), r"weights.safetensors must hold exactly .* missing: "),
         (edit(nope=1), r"nope: Extra inputs"),
     ],

@@ -105,3 +105,11 @@ def test_equal_series_give_equal_bytes() -> None:
     series = {"loss": [(0, 1.0), (10, 0.5)]}
     first, second = (pictures.curves(series, title="t", ylabel="loss") for _ in range(2))
     assert first == second
+
+
+def test_text_is_kept_in_the_file_and_leaves_the_pixels_alone() -> None:
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    with Image.open(BytesIO(pictures.png(image, text={"seed": "7", "title": "Caf\u00e9"}))) as opened:
+        assert opened.info == {"seed": "7", "title": "Caf\u00e9"}
+        assert np.array_equal(np.asarray(opened), image)
+    assert b"iTXt" not in pictures.png(image)

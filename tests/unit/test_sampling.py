@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import pytest
@@ -34,15 +34,24 @@ def some_model(chain: Chain, recipe: Recipe | None = None) -> LatentDiffusion:
     return assemble(recipe, networks, first_stage, scale=2.0, classes=classes)
 
 
-@pytest.mark.parametrize(("eta", "guidance"), [(0.0, 1.5), (1.0, 1.0)])
+OTHERS = ["plms", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler", "heun"]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "eta", "guidance"),
+    [("ddim", 0.0, 1.5), ("ddim", 1.0, 1.0), *((sampler, 0.0, 1.5) for sampler in OTHERS)],
+)
 def test_a_seed_gives_the_same_bits_however_many_pictures_are_asked_for(
-    vq_chain: Chain, eta: float, guidance: float
+    vq_chain: Chain, sampler: str, eta: float, guidance: float
 ) -> None:
     model = some_model(vq_chain)
-    sampling = vq_chain.recipe.sampling.model_copy(update={"eta": eta, "guidance": guidance})
+    sampling = vq_chain.recipe.sampling.model_copy(
+        update={"sampler": sampler, "eta": eta, "guidance": guidance}
+    )
     all_eight, three = model.sample(LABELS, sampling), model.sample(LABELS[:3], sampling)
     assert all_eight.shape == (8, 3, 32, 32)
     assert torch.equal(all_eight[:3], three)
+    assert torch.equal(model.sample(LABELS[:1], sampling), three[:1])
     assert torch.equal(model.sample(LABELS, sampling), all_eight)
 
 
@@ -56,6 +65,29 @@ def test_seed_label_and_guidance_each_change_the_latent(vq_chain: Chain) -> None
         model.sample_latents([3], sampling.model_copy(update={"guidance": 3.0})),
     ]
     assert not any(torch.allclose(latent, other, atol=1e-4) for other in others)
+
+
+def test_ancestral_sampling_takes_all_steps_of_a_model(
+    vq_chain: Chain, tiny_recipe: Callable[..., Recipe]
+) -> None:
+    recipe = tiny_recipe("diffusion.num_timesteps=6", "sampling.sampler=ddpm", "sampling.steps=6")
+    model = some_model(vq_chain, recipe)
+    told: list[int] = []
+    latents = model.sample_latents([3, 4, 5], recipe.sampling, on_step=lambda i, n: told.append(i))
+    assert told == [1, 2, 3, 4, 5, 6]
+    assert torch.equal(model.sample_latents([3], recipe.sampling), latents[:1])
+
+
+def test_decoding_with_a_gradient_gives_the_same_pictures_and_reaches_the_latent(vq_chain: Chain) -> None:
+    model = some_model(vq_chain)
+    latents = model.sample_latents([3, 4], vq_chain.recipe.sampling).requires_grad_()
+    pictures = model.decode_with_gradient(latents)
+    torch.testing.assert_close(
+        pictures.clamp(-1, 1), model.decode(latents, micro_batch=2), rtol=1e-4, atol=1e-4
+    )
+    pictures.square().sum().backward()
+    assert latents.grad is not None
+    assert latents.grad.any()
 
 
 def test_pictures_with_one_label_differ(vq_chain: Chain) -> None:

@@ -15,6 +15,7 @@ from ldm.config import Recipe
 from ldm.errors import TrainingError
 from ldm.latents import contract_of
 from ldm.model import load_first_stage
+from ldm.recipe import merge, parse_override, parse_recipe
 from ldm.training.checkpoint import load_checkpoint, saved
 from ldm.training.diffusion import DiffusionTrainee
 from ldm.training.first_stage import FirstStageTrainee
@@ -74,9 +75,9 @@ def case(request: pytest.FixtureRequest, cats: Callable[[str], SampleReader]) ->
     return Case(make, *undisturbed(make))
 
 
-def diffusion_trainee(chain: Chain) -> DiffusionTrainee:
+def diffusion_trainee(chain: Chain, recipe: Recipe | None = None) -> DiffusionTrainee:
     return DiffusionTrainee(
-        chain.recipe,
+        recipe or chain.recipe,
         chain.reader(),
         contract_of(chain.latents),
         load_first_stage(chain.store, chain.first_stage),
@@ -193,6 +194,57 @@ def test_the_learning_rate_rises_then_falls_to_a_hundredth(tiny_recipe: Callable
     assert learning_rate(training, training.num_steps) == pytest.approx(0.005)
     constant = training.model_copy(update={"lr_schedule": "constant"})
     assert [learning_rate(constant, step) for step in (0, 1, 3, 11)] == [0.125, 0.25, 0.5, 0.5]
+
+
+def test_the_published_warm_up_starts_at_its_share(tiny_recipe: Callable[..., Recipe]) -> None:
+    training = tiny_recipe(
+        "training.lr=0.5", "training.warmup_images=16", "training.warmup_start=0.2"
+    ).training
+    constant = training.model_copy(update={"lr_schedule": "constant"})
+    assert [learning_rate(constant, step) for step in (0, 2, 4, 11)] == pytest.approx([0.1, 0.3, 0.5, 0.5])
+
+
+def test_a_cosine_after_the_warm_up_ends_at_its_floor_and_stays(tiny_recipe: Callable[..., Recipe]) -> None:
+    training = tiny_recipe(
+        "training.lr=0.5",
+        "training.lr_schedule=warmup_cosine",
+        "training.warmup_images=16",
+        "training.decay_images=32",
+        "training.lr_floor=0.1",
+    ).training
+    rates = [learning_rate(training, step) for step in range(12)]
+    assert rates[3] == rates[4] == 0.5
+    assert rates[6] == pytest.approx(0.275)
+    assert rates[8:] == pytest.approx([0.05] * 4)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "diffusion.loss=l1",
+        "diffusion.weighting=min_snr",
+        "diffusion.learn_log_variance=true",
+        "diffusion.schedule=flow",
+    ],
+)
+def test_each_way_to_weigh_the_error_trains_another_network(
+    override: str, vq_chain: Chain, whole_run: tuple[dict[str, Tensor], History]
+) -> None:
+    raw = merge(vq_chain.recipe.model_dump(), parse_override(override))
+    recipe = parse_recipe(raw, source="test")
+    tensors, history = undisturbed(lambda: diffusion_trainee(vq_chain, recipe))
+    name = "networks.unet.out.2.weight"
+    assert not torch.equal(tensors[name], whole_run[0][name])
+    assert history["loss"][-1][1] < 10
+    work = work_area(Store("memory://another"))
+    with pytest.raises(PowerCutError):
+        train(CutShort(diffusion_trainee(vq_chain, recipe), 7), work, report=Silent(), checkpoint_every_s=-1)
+    resumed = diffusion_trainee(vq_chain, recipe)
+    train(resumed, work, report=Silent())
+    work.clear()
+    assert_same(resumed.tensors(), tensors)
+    if "log_variance" in override:
+        assert tensors["log_variance"].any()
 
 
 def test_pictures_and_progress_are_told(vq_chain: Chain) -> None:

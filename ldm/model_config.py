@@ -1,0 +1,72 @@
+"""What a whole latent diffusion model is, outside a recipe: the config of a model folder."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ldm.config import Config, Diffusion, FirstStageModel
+from ldm.network_config import (
+    ClassConditioning,
+    ClassVectorConditioning,
+    Conditioning,
+    HybridConditioning,
+    UNetConfig,
+)
+
+AnyConditioning = Conditioning | HybridConditioning
+Weights = Literal["raw", "ema"]
+"""The weights of the last training step, or their moving average."""
+
+
+class LatentDiffusionModel(Config):
+    """Networks, noise and scale of a latent diffusion model."""
+
+    first_stage: FirstStageModel
+    unet: UNetConfig
+    conditioning: Annotated[AnyConditioning, Field(discriminator="kind")] | None = None
+    num_classes: int = Field(default=0, ge=0)
+    """Classes it was trained on, without the null class; 0 for a model without class labels."""
+    diffusion: Diffusion
+    elbo_weight: float = Field(default=0.0, ge=0)
+    """Weight of the terms of the variational bound in its training loss; 0 in all published configs."""
+    scale: float = Field(default=1.0, gt=0)
+    """Latents are multiplied by it before diffusion."""
+    latent_size: int = Field(ge=1)
+    """Side of the square latents that it was trained on."""
+    has_ema: bool = False
+    """Whether the moving average of the UNet's weights is there beside the raw ones."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latent."""
+        return self.first_stage.embed_dim
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether it was trained with conditions left out, which guidance needs."""
+        conditioning = self.conditioning
+        return conditioning is not None and conditioning.has_null and conditioning.drop_rate > 0
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """The parts fit together."""
+        unet, latent, conditioning = self.unet, self.first_stage.embed_dim, self.conditioning
+        beside = 0 if conditioning is None else conditioning.concat_channels(latent)
+        if (unet.in_channels, unet.out_channels) != (latent + beside, latent):
+            raise ValueError(
+                f"the UNet must have {latent + beside} channels in (the latent's {latent}, the condition's "
+                f"{beside}) and {latent} out, got {unet.in_channels} and {unet.out_channels}"
+            )
+        wanted = None if conditioning is None else conditioning.context_dim
+        if unet.context_dim != wanted:
+            raise ValueError(
+                f"the UNet's context_dim ({unet.context_dim}) must be the width of the condition's tokens "
+                f"({wanted})"
+            )
+        by_vector = isinstance(conditioning, ClassVectorConditioning)
+        if (unet.num_classes is not None) != by_vector:
+            raise ValueError(f"a UNet's num_classes ({unet.num_classes}) is for class vectors alone")
+        tokens = conditioning.tokens if isinstance(conditioning, HybridConditioning) else conditioning
+        if (self.num_classes > 0) != isinstance(tokens, ClassConditioning | ClassVectorConditioning):
+            raise ValueError(f"num_classes ({self.num_classes}) is for models of class labels, and only them")
+        return self
