@@ -11,7 +11,7 @@ from typing import Literal
 from ldm.config import FirstStageModel
 from ldm.errors import ContractError
 from ldm.models.autoencoder import MAX_QUERIES
-from ldm.models.bands import MIN_ROWS, REACH
+from ldm.models.bands import MIN_ROWS
 from ldm.models.quantizer import MAX_DISTANCES
 
 Coding = Literal["encode", "decode"]
@@ -44,12 +44,17 @@ class Sizes:
     def band_block(self, narrow: int, wide: int, *, rows: int, upsampled: bool) -> int:
         """What a residual block holds beside its maps: strips of one band, and the band that waits.
 
-        Of an upsampled source the strip is held too, and while it is computed the doubled strip beside it.
+        The first convolution reads two rows more to each side and the second one more. Of an upsampled source
+        the strip is held too, with three rows more, and while it is computed the doubled strip beside it.
         """
-        strip = min(rows + 2 * (REACH + upsampled), self.height) * self.width
-        source = narrow if upsampled else 0
-        strips = max(2 * source, source + narrow + wide, source + 3 * wide)
-        return strip * strips + min(rows, self.height) * self.width * wide
+
+        def strip(channels: int, beside: int) -> int:
+            return channels * min(rows + 2 * beside, self.height) * self.width
+
+        source = strip(narrow, 3) if upsampled else 0
+        first = strip(narrow, 2) + strip(wide, 2)
+        second = strip(wide, 2) + 2 * strip(wide, 1)
+        return max(2 * source, source + first, source + second) + strip(wide, 0)
 
     def band_conv(self, narrow: int, wide: int, *, rows: int) -> int:
         """What a convolution holds beside its maps: a prepared strip, its result, the band that waits."""
