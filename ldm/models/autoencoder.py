@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.models.group_norm import GroupNorm
+
 MAX_QUERIES = 2**14
 """Positions whose attention is computed at once; a latent of more than 128x128 takes it in parts."""
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     """GroupNorm with the epsilon of the published first stages."""
-    return nn.GroupNorm(groups, channels, eps=1e-6, affine=True)
+    return GroupNorm(groups, channels, eps=1e-6, affine=True)
 
 
 class ResnetBlock(nn.Module):

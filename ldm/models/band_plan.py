@@ -125,6 +125,7 @@ def decode_phases(config: FirstStageModel, height: int, width: int, rows: int) -
     for level in reversed(range(split)):
         wide, small = widths[level], sizes.map(narrow)
         sizes = Sizes(2 * sizes.height, 2 * sizes.width)
+        yield 2 * small  # cut into parts
         yield small + sizes.map(wide) + sizes.band_block(narrow, wide, rows=rows, upsampled=True)
         yield sizes.map(wide) + sizes.band_block(wide, wide, rows=rows, upsampled=False)
         narrow = wide

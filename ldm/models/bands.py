@@ -20,11 +20,15 @@ from torch import Tensor, nn
 
 from ldm.models.autoencoder import Decoder, Encoder, Level, ResnetBlock
 from ldm.models.first_stage import FirstStage, KLModel, VQModel
+from ldm.models.group_norm import Affine, affine_of, moments
 
 REACH = 2
 """Rows to each side that a residual block looks at: one for each of its convolutions."""
 MIN_ROWS = REACH
 """Rows of the smallest band: only its neighbour may still read what it is written over."""
+
+PART_ROWS = 64
+"""Rows of a small map's parts; as large as that, they go back to the system when they are let go."""
 
 BandOf = Callable[[int, int], Tensor]
 """Rows `top` to `bottom` of a map."""
@@ -52,6 +56,8 @@ class Source:
     height: int
     read: Callable[[int, int], Strip]
     """Rows from and to; what lies beyond the map is left out."""
+    let_go: Callable[[int], None]
+    """Says that no row above this one is read again."""
     held: Tensor | None
     """The map itself, (1, C, height, width), if it lies in memory."""
 
@@ -69,20 +75,34 @@ def held(x: Tensor) -> Source:
         top, bottom = clip(top, bottom, height)
         return Strip(x[:, :, top:bottom], top, height)
 
-    return Source(height, read, x)
+    return Source(height, read, lambda _: None, x)
 
 
 def doubled(x: Tensor, conv: nn.Module) -> Source:
-    """What an `Upsample` with this convolution makes of a map, without ever holding it: (1, C, 2h, 2w)."""
-    small, height = held(x), 2 * x.shape[2]
+    """What an `Upsample` with this convolution makes of a map, without ever holding it: (1, C, 2h, 2w).
+
+    The small map is kept in parts, which are let go one after the other.
+    """
+    height = 2 * x.shape[2]
+    parts = [part.clone(memory_format=torch.channels_last) for part in x.split(PART_ROWS, 2)]
+
+    def small(top: int, bottom: int) -> Tensor:
+        covering = range(top // PART_ROWS, (bottom - 1) // PART_ROWS + 1)
+        return torch.cat(
+            [parts[i][:, :, max(top - i * PART_ROWS, 0) : bottom - i * PART_ROWS] for i in covering], 2
+        )
 
     def read(top: int, bottom: int) -> Strip:
         top, bottom = clip(top, bottom, height)
-        part = small.read((top - 1) // 2, (bottom + 2) // 2)
-        large = Strip(F.interpolate(part.x, scale_factor=2.0, mode="nearest"), 2 * part.top, height)
-        return Strip(convolved(conv, large).band(top, bottom), top, height)
+        first, last = clip((top - 1) // 2, (bottom + 2) // 2, height // 2)
+        large = F.interpolate(small(first, last), scale_factor=2.0, mode="nearest")
+        return Strip(convolved(conv, Strip(large, 2 * first, height)).band(top, bottom), top, height)
 
-    return Source(height, read, None)
+    def let_go(row: int) -> None:
+        for i in range((row - 1) // 2 // PART_ROWS):
+            parts[i] = parts[i][:, :, :0].clone()
+
+    return Source(height, read, let_go, None)
 
 
 def convolved(conv: nn.Module, strip: Strip) -> Strip:
@@ -124,42 +144,20 @@ def in_bands(height: int, rows: int, band_of: BandOf, *, into: Tensor | None = N
     return into
 
 
-class Affine(NamedTuple):
-    """A GroupNorm with its statistics known: x * scale + shift, each (1, C, 1, 1)."""
-
-    scale: Tensor
-    shift: Tensor
-
-
 def normalisation(norm: nn.GroupNorm, height: int, rows: int, band_of: BandOf) -> Affine:
-    """A GroupNorm with the statistics of the whole map that has these bands.
-
-    Mean and variance of each channel are taken band by band and put together in float64: the variance of a
-    group is the mean of the variances in it, plus the mean of their means' squared distances from its mean.
-    """
+    """A GroupNorm with the statistics of the whole map that has these bands."""
     means, variances, shares = [], [], []
     for top, bottom in bands(height, rows):
-        variance, mean = torch.var_mean(band_of(top, bottom), dim=(2, 3), correction=0)  # (1, C)
-        means.append(mean.double())
-        variances.append(variance.double())
+        mean, variance = moments(band_of(top, bottom))
+        means.append(mean)
+        variances.append(variance)
         shares.append((bottom - top) / height)
-    mean, variance = torch.cat(means), torch.cat(variances)  # (bands, C)
-    share = torch.tensor(shares, dtype=mean.dtype, device=mean.device)[:, None]
-
-    def over_group(of_channels: Tensor) -> Tensor:
-        each = of_channels.sum(0).view(norm.num_groups, -1).mean(1)
-        return each.repeat_interleave(norm.num_channels // norm.num_groups)  # (C,)
-
-    centre = over_group(share * mean)
-    spread = over_group(share * (variance + (mean - centre).square()))
-    scale = norm.weight.double() / (spread + norm.eps).sqrt()
-    shift = norm.bias.double() - centre * scale
-    return Affine(*(a.to(norm.weight.dtype).view(1, -1, 1, 1) for a in (scale, shift)))
+    return affine_of(norm, torch.stack(means), torch.stack(variances), torch.tensor(shares))
 
 
 def activated(strip: Strip, affine: Affine) -> Strip:
     """A strip normalised, then swish of it."""
-    return strip._replace(x=F.silu((strip.x * affine.scale).add_(affine.shift), inplace=True))
+    return strip._replace(x=F.silu(affine(strip.x), inplace=True))
 
 
 def apply_block(block: ResnetBlock, source: Source, rows: int) -> Tensor:
@@ -178,6 +176,7 @@ def apply_block(block: ResnetBlock, source: Source, rows: int) -> Tensor:
     shortcut = getattr(block, "nin_shortcut", None)
 
     def result(top: int, bottom: int) -> Tensor:
+        source.let_go(top - REACH)
         strip = source.read(top - REACH, bottom + REACH)
         h = convolved(block.conv1, activated(strip, first))
         h = convolved(block.conv2, activated(h, second))
@@ -241,6 +240,7 @@ def decode_map(decoder: Decoder, z: Tensor, rows: int) -> Tensor:
     below = whole[0]
     for level in reversed(banded):
         source = doubled(h, below.get_submodule("upsample.conv"))
+        del h  # the source has its own parts of it
         for block in cast(list[ResnetBlock], list(level.block)):
             h = apply_block(block, source, rows)
             source = held(h)
