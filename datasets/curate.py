@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -22,6 +23,7 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 64 * 2**20
 HEAD_BYTES = 16  # enough to tell a file's format
 
+_T = TypeVar("_T")
 _OTHER_FORMATS = (
     b"GIF8",
     b"BM",
@@ -74,6 +76,24 @@ def curate(data: bytes, *, size_px: int, crop: Literal["none", "centre"]) -> byt
         size_px: Side of the result. Smaller pictures are refused, never enlarged.
         crop: ``centre`` keeps the largest square in the middle; ``none`` refuses what is not square.
     """
+    return _guarded(data, lambda image: _curated(image, size_px=size_px, crop=crop))
+
+
+def read_rgb(data: bytes) -> np.ndarray | Outcome:
+    """Return the picture in a file's bytes at its own size, uint8 (H, W, 3), or why there is none.
+
+    The rules are those of ``curate``, but for the square and its size.
+    """
+
+    def read(image: Image.Image) -> np.ndarray | Outcome:
+        refusal = _header_refusal(image, size_px=1, crop="centre")
+        return refusal if refusal is not None else np.array(_upright(image))
+
+    return _guarded(data, read)
+
+
+def _guarded(data: bytes, read: Callable[[Image.Image], _T | Outcome]) -> _T | Outcome:
+    """Return what reading a file's image gives, or the refusal that what Pillow raises stands for."""
     if len(data) > MAX_BYTES:
         return Outcome.TOO_LARGE
     try:
@@ -81,7 +101,8 @@ def curate(data: bytes, *, size_px: int, crop: Literal["none", "centre"]) -> byt
             warnings.simplefilter(
                 "ignore"
             )  # damaged metadata warns, and so do many pixels, which are counted below
-            return _curated(data, size_px=size_px, crop=crop)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return read(image)
     except Image.DecompressionBombError:
         return Outcome.TOO_LARGE
     except UnidentifiedImageError:
@@ -93,16 +114,19 @@ def curate(data: bytes, *, size_px: int, crop: Literal["none", "centre"]) -> byt
         return Outcome.DAMAGED  # what Pillow's readers raise on bytes that contradict each other
 
 
-def _curated(data: bytes, *, size_px: int, crop: Literal["none", "centre"]) -> bytes | Outcome:
+def _curated(image: Image.Image, *, size_px: int, crop: Literal["none", "centre"]) -> bytes | Outcome:
     """Return the picture or a refusal; raise what Pillow raises."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        refusal = _header_refusal(image, size_px=size_px, crop=crop)
-        if refusal is not None:
-            return refusal
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        square = _square(_rgb(upright), size_px)
+    refusal = _header_refusal(image, size_px=size_px, crop=crop)
+    if refusal is not None:
+        return refusal
+    square = _square(_upright(image), size_px)
     return encode_png(np.asarray(square))  # of the pixels alone: profiles and other metadata stay behind
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return a picture as people see it, 8-bit sRGB; raise what Pillow raises."""
+    image.load()
+    return _rgb(ImageOps.exif_transpose(image))
 
 
 def _header_refusal(image: Image.Image, *, size_px: int, crop: Literal["none", "centre"]) -> Outcome | None:

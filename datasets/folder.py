@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
@@ -52,7 +52,7 @@ def scan_folder(config: DatasetConfig) -> list[PictureFile]:
         raise _missing(config, source, "its folder is not set")
     files, base = _open(config.folder)
     names = _names(files, base)
-    pictures = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
+    pictures = [name for name in names if _is_picture(name)]
     if not pictures:
         state = "holds no picture" if names else "does not exist or is empty"
         raise _missing(config, source, f"{config.folder} {state}")
@@ -76,6 +76,34 @@ def read_pictures(root: str, paths: list[str]) -> Iterator[bytes | Outcome]:
         except OSError as error:
             _log.warning("%s/%s could not be read: %s", root, path, error)
             yield Outcome.UNREADABLE
+
+
+def find_pictures(places: Sequence[Path]) -> list[Path]:
+    """Return the picture files that places name: files as they are, of folders those below, sorted.
+
+    Raises:
+        MissingDataError: When a place does not exist, or a folder holds no picture.
+    """
+    found: list[Path] = []
+    for place in places:
+        if not place.exists():
+            raise MissingDataError(
+                f"pictures must be files or folders, but {place} does not exist; name another"
+            )
+        names = _names(*_open(str(place))) if place.is_dir() else [""]
+        pictures = [place / name for name in names if not name or _is_picture(name)]
+        if not pictures:
+            raise MissingDataError(
+                f"a folder must hold pictures ({', '.join(sorted(SUFFIXES))}), {place} holds none; "
+                "name another"
+            )
+        found += pictures
+    return found
+
+
+def _is_picture(name: str) -> bool:
+    """Return whether a file's name ends as that of a picture."""
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
 def _open(root: str) -> tuple[_Files, str]:

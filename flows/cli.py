@@ -201,6 +201,43 @@ def sample(
     )
 
 
+@commands.command
+def reconstruct(
+    images: Annotated[list[Path], Parameter(help="Pictures, or folders of them: PNG, JPEG or WebP.")],
+    *,
+    model: Annotated[
+        str,
+        Parameter(
+            help="A model folder, or `first-stage-cats-vq-f4`, with `@alias`, or a key's first digits."
+        ),
+    ],
+    output: Annotated[Path, Parameter(help="PNG to write.")] = Path("reconstructions.png"),
+    size: Annotated[
+        int | None,
+        Parameter(
+            help="Cut the middle square and shrink it to this side; by default a picture's own size.",
+            validator=Number(gte=16),
+        ),
+    ] = None,
+    crop: Annotated[
+        bool, Parameter(negative="", help="Cut the middle to the next smaller size that f divides.")
+    ] = False,
+    memory: Annotated[
+        float | None,
+        Parameter(help="GiB that encoding and decoding may take beside the weights; they then go in bands."),
+    ] = None,
+    store: StoreUri = DEFAULT_STORE,
+) -> None:
+    """Send pictures through a first stage and back: PSNR, SSIM and LPIPS of each, and a sheet to look at.
+
+    Pictures become 8-bit sRGB as for training: transparency is laid on white, grey, palettes and 16 bits are
+    converted, the camera's rotation is applied. Animations, damaged files and other formats are refused.
+    """
+    from flows.reconstruct import reconstruct_to_file
+
+    reconstruct_to_file(store, model, images, output, size_px=size, crop=crop, memory_gib=memory)
+
+
 @commands.command(name="import")
 def import_model(
     config: Annotated[

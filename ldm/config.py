@@ -164,6 +164,8 @@ class FirstStageRecipe(Config):
     loss: FirstStageLoss = FirstStageLoss()
     training: Training | None = None
     """None for the identity, which has nothing to train."""
+    gradient_checkpointing: bool = False
+    """Train in less memory and more time; the bits are the same, so it is no part of the key."""
 
     @model_validator(mode="after")
     def check(self) -> Self:

@@ -18,6 +18,8 @@ from ldm.diffusion.objective import Objective, eps_of_prediction
 from ldm.diffusion.samplers import sample, timesteps_of
 from ldm.diffusion.schedule import Schedule, build_schedule
 from ldm.errors import ContractError
+from ldm.models.band_plan import GIB, Coding, plan_rows
+from ldm.models.bands import decode_in_bands, encode_in_bands
 from ldm.models.conditioning import ClassEmbedder, Conditioner, Hybrid, build_conditioner
 from ldm.models.first_stage import FirstStage, VQModel, build_first_stage, decode_in_micro_batches
 from ldm.models.unet import UNet, build_unet
@@ -35,32 +37,85 @@ class Autoencoder:
     first_stage: FirstStage
     config: FirstStageModel
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, *, memory_gib: float | None = None) -> Tensor:
         """Latents (B, C, h, w): VQ before quantisation, KL the posterior's mean.
 
         Args:
             x: (B, 3, H, W) pictures in [-1, 1]; H and W divisible by f.
+            memory_gib: work in bands that take no more memory than this beside the weights; None works whole.
 
         Raises:
-            ContractError: another shape, a number that is not finite, or a range that is not [-1, 1].
+            ContractError: another shape, a number that is not finite, a range that is not [-1, 1], or a
+                budget that even the smallest bands exceed.
         """
         self.check_pictures(x)
+        x = x.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            stored = self.first_stage.encode(x.contiguous(memory_format=torch.channels_last))
+            if memory_gib is None:
+                stored = self.first_stage.encode(x)
+            else:
+                rows = self.rows("encode", x, (x.shape[2], x.shape[3]), memory_gib)
+                stored = encode_in_bands(self.first_stage, x, rows=rows)
             return self.first_stage.latent(stored, None)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, *, memory_gib: float | None = None) -> Tensor:
         """Pictures (B, 3, h * f, w * f), nominally in [-1, 1], of unscaled latents; VQ quantises first.
 
         Args:
             z: (B, C, h, w) latents as `encode` gives them.
+            memory_gib: work in bands that take no more memory than this beside the weights; None works whole.
 
         Raises:
-            ContractError: another number of channels, or a number that is not finite.
+            ContractError: another number of channels, a number that is not finite, or a budget that even the
+                smallest bands exceed.
         """
         self.check_latents(z)
+        z = z.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            return self.first_stage.decode(z.contiguous(memory_format=torch.channels_last))
+            if memory_gib is None:
+                return self.first_stage.decode(z)
+            size = (z.shape[2] * self.config.factor, z.shape[3] * self.config.factor)
+            return decode_in_bands(self.first_stage, z, rows=self.rows("decode", z, size, memory_gib))
+
+    def decode_codes(self, indices: Tensor) -> Tensor:
+        """Pictures (B, 3, h * f, w * f), nominally in [-1, 1], of codes of a VQ first stage.
+
+        Args:
+            indices: (B, h, w) int64, each 0 to the number of codes - 1.
+
+        Raises:
+            ContractError: this first stage has no codes, another shape or type, or an index out of range.
+        """
+        model = self.first_stage
+        if not isinstance(model, VQModel):
+            raise ContractError(
+                f"only a VQ first stage has codes, this one is of kind {self.config.kind}; decode latents"
+            )
+        if indices.ndim != 3 or indices.dtype != torch.int64:
+            raise ContractError(
+                f"codes must be given as (B, h, w) int64, got {tuple(indices.shape)} {indices.dtype}; "
+                "give one index for each position of the latent"
+            )
+        last = model.quantize.embedding.num_embeddings - 1
+        wrong = indices[(indices < 0) | (indices > last)]
+        if len(wrong):
+            raise ContractError(
+                f"indices of codes must be 0 to {last}, got {int(wrong[0])} and {len(wrong) - 1} others; "
+                "were they made by another first stage?"
+            )
+        with torch.no_grad():
+            return model.decode_codes(model.quantize.lookup(indices))
+
+    def rows(self, coding: Coding, batch: Tensor, size: tuple[int, int], memory_gib: float) -> int:
+        """Rows of a band with which coding a batch of pictures of this height and width stays in memory."""
+        return plan_rows(
+            self.config,
+            *size,
+            budget_bytes=memory_gib * GIB,
+            coding=coding,
+            batch=len(batch),
+            itemsize=batch.element_size(),
+        )
 
     def check_pictures(self, x: Tensor) -> None:
         """Refuse what is not a batch of pictures for this first stage."""

@@ -148,8 +148,12 @@ class StoredDiffusion:
 AnyStored = StoredModel | StoredDiffusion
 
 
-def autoencoder_of(model: StoredModel) -> Autoencoder:
-    """A stored first stage ready for use, in float32."""
+def autoencoder_of(model: AnyStored) -> Autoencoder:
+    """A stored first stage, or that of a stored latent diffusion model, ready for use, in float32."""
+    if isinstance(model, StoredDiffusion):
+        return Autoencoder(
+            restore_first_stage(model.config.first_stage, model.first_stage), model.config.first_stage
+        )
     return Autoencoder(restore_first_stage(model.config, model.weights), model.config)
 
 

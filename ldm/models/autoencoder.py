@@ -4,20 +4,29 @@ B batch, C channels, H W height and width of the picture, h w those of the laten
 Parameter names are those of the published checkpoints, so that a released state dict loads key for key.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.models.group_norm import GroupNorm
+
+MAX_QUERIES = 2**14
+"""Positions whose attention is computed at once; a latent of more than 128x128 takes it in parts."""
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     """GroupNorm with the epsilon of the published first stages."""
-    return nn.GroupNorm(groups, channels, eps=1e-6, affine=True)
+    return GroupNorm(groups, channels, eps=1e-6, affine=True)
 
 
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions after GroupNorm and swish, beside a shortcut: (B, C, h, w) -> (B, out, h, w)."""
+
+    checkpointing = False
+    """Compute the inside again in the backward pass instead of keeping it: the same bits, less memory."""
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, dropout: float) -> None:
         super().__init__()
@@ -31,6 +40,12 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The shortcut plus the residual branch."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, use_reentrant=False)
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """What `forward` gives, without checkpointing."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
@@ -50,12 +65,21 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The input plus its attention."""
         h = self.norm(x)
-        q, k, v = (
-            project(h).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, T, C)
-            for project in (self.q, self.k, self.v)
-        )
-        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (B, T, C)
-        return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
+        if x.shape[2] * x.shape[3] <= MAX_QUERIES:
+            return x + self.attend(self.q(h), self.k(h), self.v(h))
+        k, v, rows = self.k(h), self.v(h), max(1, MAX_QUERIES // x.shape[3])
+        parts = [
+            x_part + self.attend(self.q(h_part), k, v)
+            for x_part, h_part in zip(x.split(rows, 2), h.split(rows, 2), strict=True)
+        ]
+        del h, k, v  # as large as the result each
+        return torch.cat(parts, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the positions of q (B, C, r, w) take from those of k and v (B, C, h, w): (B, C, r, w)."""
+        queries, keys, values = (a.flatten(2).transpose(1, 2).unsqueeze(1) for a in (q, k, v))  # (B, 1, T, C)
+        out = F.scaled_dot_product_attention(queries, keys, values).squeeze(1)  # (B, T, C)
+        return self.proj_out(out.transpose(1, 2).reshape(q.shape))
 
 
 class Downsample(nn.Module):
@@ -108,14 +132,17 @@ class Level(nn.Module):
             self.add_module(name, module)
         self.resample = list(resample.values())
 
+    def layers(self) -> Iterator[nn.Module]:
+        """Blocks and attention in their order, without the change of resolution."""
+        for i, block in enumerate(self.block):
+            yield block
+            if len(self.attn) > 0:
+                yield self.attn[i]
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, out, h', w')."""
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if len(self.attn) > 0:
-                x = self.attn[i](x)
-        for change in self.resample:
-            x = change(x)
+        for layer in (*self.layers(), *self.resample):
+            x = layer(x)
         return x
 
 
@@ -128,9 +155,15 @@ class Middle(nn.Module):
         self.attn_1 = AttnBlock(channels, groups=groups) if attention else nn.Identity()
         self.block_2 = ResnetBlock(channels, channels, groups=groups, dropout=dropout)
 
+    def layers(self) -> Iterator[nn.Module]:
+        """Blocks and attention in their order."""
+        yield from (self.block_1, self.attn_1, self.block_2)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
-        return self.block_2(self.attn_1(self.block_1(x)))
+        for layer in self.layers():
+            x = layer(x)
+        return x
 
 
 class Encoder(nn.Module):

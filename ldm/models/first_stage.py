@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import FirstStageModel
-from ldm.models.autoencoder import Decoder, Encoder, to_channels_last
+from ldm.models.autoencoder import Decoder, Encoder, ResnetBlock, to_channels_last
 from ldm.models.gaussian import sample_posterior, split_moments
 from ldm.models.quantizer import Quantized, VectorQuantizer
 
@@ -55,7 +55,11 @@ class VQModel(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Pictures of latents, quantised first (paper Sec. 4.1: the quantiser belongs to the decoder)."""
-        return self.decode_codes(self.quantize.lookup(self.quantize.nearest(z)))
+        return self.decoder(self.decoder_input(z))
+
+    def decoder_input(self, z: Tensor) -> Tensor:
+        """What the decoder sees of latents: (B, C, h, w) -> (B, z_channels, h, w), quantised first."""
+        return self.post_quant_conv(self.quantize.lookup(self.quantize.nearest(z)))
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Pictures of latents that are codes already."""
@@ -87,7 +91,11 @@ class KLModel(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Pictures of latents."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.decoder_input(z))
+
+    def decoder_input(self, z: Tensor) -> Tensor:
+        """What the decoder sees of latents: (B, C, h, w) -> (B, z_channels, h, w)."""
+        return self.post_quant_conv(z)
 
     def forward(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Reconstruction from a draw of the posterior, and the moments."""
@@ -144,12 +152,21 @@ def coders(config: FirstStageModel, *, encoder_channels: int) -> tuple[Encoder, 
 MODELS = {"vq": VQModel, "kl": KLModel}
 
 
-def build_first_stage(config: FirstStageModel) -> VQModel | KLModel | IdentityModel:
-    """The first stage of a config, channels-last, with PyTorch's default initialisation."""
+def build_first_stage(
+    config: FirstStageModel, *, checkpointing: bool = False
+) -> VQModel | KLModel | IdentityModel:
+    """The first stage of a config, channels-last, with PyTorch's default initialisation.
+
+    With `checkpointing` the residual blocks compute their inside again in the backward pass: the same bits,
+    less memory, more time.
+    """
     if config.kind == "identity":
         return IdentityModel()
     model = MODELS[config.kind](config)
     to_channels_last(model)
+    for module in model.modules():
+        if isinstance(module, ResnetBlock):
+            module.checkpointing = checkpointing
     return model
 
 

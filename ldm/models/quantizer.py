@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+MAX_DISTANCES = 2**26
+"""Distances that are held at once, 256 MiB of float32; a latent that needs more is searched in parts."""
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -44,8 +47,12 @@ class VectorQuantizer(nn.Module):
         with torch.no_grad():
             codes = self.embedding.weight
             flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # (B*h*w, C)
-            distance = codes.square().sum(1) - 2.0 * flat @ codes.t()  # |z|^2 is the same for all codes
-            return distance.argmin(1).view(z.shape[0], *z.shape[2:])
+            lengths = codes.square().sum(1)  # |z|^2 is the same for all codes
+            found = []
+            for part in flat.split(max(1, MAX_DISTANCES // len(codes))):
+                distance = 2.0 * part @ codes.t()
+                found.append(torch.sub(lengths, distance, out=distance).argmin(1))
+            return torch.cat(found).view(z.shape[0], *z.shape[2:])
 
     def lookup(self, indices: Tensor) -> Tensor:
         """The codes at `indices`: (B, h, w) -> (B, C, h, w)."""

@@ -103,7 +103,7 @@ class FirstStageTrainee:
         self.config, self.loss = recipe.model, recipe.loss
         self.reader, self.held_out = reader, held_out
         torch.manual_seed(seed_of(self.training.seed, "first stage"))
-        model = build_first_stage(recipe.model)
+        model = build_first_stage(recipe.model, checkpointing=recipe.gradient_checkpointing)
         assert isinstance(model, VQModel | KLModel)
         self.model: VQModel | KLModel = model
         self.discriminator = PatchDiscriminator(

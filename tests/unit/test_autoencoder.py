@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ldm.config import FirstStageModel
-from ldm.models.autoencoder import AttnBlock, Downsample
+from ldm.models.autoencoder import AttnBlock, Downsample, group_norm
 from ldm.models.first_stage import KLModel, VQModel, build_first_stage, decode_in_micro_batches
 
 MULT = {1: (1,), 2: (1, 2), 4: (1, 2, 2), 8: (1, 1, 2, 2), 16: (1, 1, 1, 2, 2), 32: (1, 1, 1, 1, 2, 2)}
@@ -94,3 +94,13 @@ def test_a_decoding_does_not_depend_on_how_many_were_asked_for() -> None:
     assert all_seven.shape == (7, 3, 16, 16)
     assert torch.equal(decode_in_micro_batches(model, z[:2], micro_batch=4), all_seven[:2])
     assert all_seven.abs().max() <= 1.0
+
+
+def test_a_large_map_is_normalised_exactly() -> None:
+    x = 3.0 + torch.randn(1, 4, 300, 260, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last)
+    norm = group_norm(4, 2)
+    exact = torch.nn.functional.group_norm(x.double(), 2, eps=1e-6)
+    assert (norm(x) - exact).abs().max() < 3e-6
+    small = x[:, :, :250]
+    assert torch.equal(norm(small), torch.nn.functional.group_norm(small, 2, norm.weight, norm.bias, 1e-6))

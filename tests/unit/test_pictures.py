@@ -109,7 +109,7 @@ def test_equal_series_give_equal_bytes() -> None:
 
 def test_text_is_kept_in_the_file_and_leaves_the_pixels_alone() -> None:
     image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    with Image.open(BytesIO(pictures.png(image, text={"seed": "7", "title": "Caf\u00e9"}))) as opened:
-        assert opened.info == {"seed": "7", "title": "Caf\u00e9"}
+    with Image.open(BytesIO(pictures.png(image, text={"seed": "7", "title": "na\u00efve"}))) as opened:
+        assert opened.info == {"seed": "7", "title": "na\u00efve"}
         assert np.array_equal(np.asarray(opened), image)
     assert b"iTXt" not in pictures.png(image)
