@@ -73,7 +73,7 @@ def how_it_went(trainee: FirstStageTrainee, history: History) -> dict[str, Any]:
     """Size, verdicts on the run's health, where it ended, and which of its weights are the result."""
     statistics: dict[str, Any] = {
         "num_parameters": trainee.num_parameters,
-        "health": {v.panel: {"verdict": v.word, "words": v.words} for v in judge(history, trainee.facts())},
+        "health": {v.panel: f"{v.word}: {v.words}" for v in judge(history, trainee.facts())},
     }
     if trainee.validation.patience:
         stopped = trainee.stops(history)

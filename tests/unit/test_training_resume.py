@@ -46,6 +46,7 @@ class CutShort:
         self.trainee, self.num_steps = trainee, num_steps
         self.training = trainee.training
         self.tensors, self.load, self.look = trainee.tensors, trainee.load, trainee.look
+        self.validate, self.stops = trainee.validate, trainee.stops
 
     def step(self, step: int) -> Mapping[str, Tensor]:
         if step >= self.num_steps:
