@@ -12,13 +12,14 @@ import numpy as np
 from ldm.pictures import figure_png, new_figure, thousands
 from ldm.training import verdicts
 from ldm.training.first_stage_loss import MAX_ADAPTIVE_WEIGHT
-from ldm.training.loop import GRADIENT, History
+from ldm.training.loop import GRADIENT, History, images_seen
 from ldm.training.validation import LPIPS_DISTANCE, PSNR, RFID
 from ldm.training.verdicts import Facts, Verdict, judge
 
 OK_COLOUR, LOOK_COLOUR, QUIET = "#228833", "#cc3311", "#777777"
 WIDTH_INCH, HEIGHT_INCH = 15.0, 10.5
 MAX_POINTS = 400
+LEGEND: dict[str, Any] = {"fontsize": 8, "framealpha": 0.75, "edgecolor": "none"}
 
 Points = Sequence[tuple[int, float]]
 
@@ -54,6 +55,7 @@ def plot(axes: Any, series: dict[str, Points], *, log_y: bool = False, dashed: b
             )
     if axes.lines and log_y:
         axes.set_yscale("log")
+        axes.minorticks_off()
 
 
 def shade(axes: Any, low: float, high: float) -> None:
@@ -61,8 +63,8 @@ def shade(axes: Any, low: float, high: float) -> None:
     axes.axhspan(low, high, color=OK_COLOUR, alpha=0.09, linewidth=0)
 
 
-def beside(axes: Any, series: dict[str, Points], *, ylabel: str) -> None:
-    """Draw dashed lines on an axis of their own at the right."""
+def beside(axes: Any, series: dict[str, Points], *, ylabel: str, top: float | None = None) -> None:
+    """Draw dashed lines on an axis of their own at the right, from 0 to `top` where one is given."""
     if not any(series.values()):
         return
     right = axes.twinx()
@@ -71,8 +73,8 @@ def beside(axes: Any, series: dict[str, Points], *, ylabel: str) -> None:
     right.set_ylabel(ylabel, fontsize=8)
     right.tick_params(labelsize=8)
     right.spines["top"].set_visible(False)
-    handles = [*axes.lines, *right.lines]
-    axes.legend(handles, [line.get_label() for line in handles], frameon=False, fontsize=8)
+    if top is not None:
+        right.set_ylim(0, top)
 
 
 def draw_losses(axes: Any, history: History, facts: Facts) -> None:
@@ -105,7 +107,7 @@ def draw_discriminator(axes: Any, history: History, facts: Facts) -> None:
     if points:
         shade(axes, *verdicts.MARGIN)
     accuracy = {f"{side} (right)": history.get(f"watch/accuracy_{side}", []) for side in ("real", "fake")}
-    beside(axes, accuracy, ylabel="share of patches told apart")
+    beside(axes, accuracy, ylabel="share of patches told apart", top=1.03)
 
 
 def draw_codes(axes: Any, history: History, facts: Facts) -> None:
@@ -130,7 +132,7 @@ def draw_held_out(axes: Any, history: History, facts: Facts) -> None:
     """PSNR, LPIPS and rFID of held-out pictures."""
     plot(axes, {"PSNR, dB (left)": history.get(PSNR, [])})
     if facts.judged_after > 0 and history.get(PSNR):
-        axes.axvline(facts.judged_after, color=QUIET, linestyle=":", linewidth=1.0)
+        axes.axvline(facts.judged_after, color=QUIET, linestyle=":", linewidth=1.0, label="all terms on")
     right = {"LPIPS (right)": history.get(LPIPS_DISTANCE, [])}
     if history.get(RFID):
         right = {"rFID (right)": history[RFID]}
@@ -143,6 +145,7 @@ def deviations_panel(deviations: Sequence[float]) -> Panel:
     def draw(axes: Any, history: History, facts: Facts) -> None:
         del history, facts
         axes.bar(np.arange(len(deviations)), deviations, width=0.7, color="#4477aa")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         largest = max(deviations)
         shade(axes, verdicts.MIN_STD_SHARE * largest, largest)
         axes.set_xlabel("channel of the latent (held-out pictures, averaged weights)", fontsize=8)
@@ -185,19 +188,18 @@ def draw_panel(axes: Any, panel: Panel, verdict: Verdict | None, history: Histor
     axes.grid(visible=True, alpha=0.25)
     if verdict is None:
         axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", color=QUIET)
-    if axes.lines and axes.get_legend() is None:
-        axes.legend(frameon=False, fontsize=8)
+    front = axes.figure.axes[-1]  # the axis at the right, where there is one
+    lines = [*axes.lines, *(front.lines if front is not axes else [])]
+    if lines:
+        front.legend(lines, [line.get_label() for line in lines], **LEGEND)
 
 
-def write_verdicts(axes: Any, found: Sequence[Verdict]) -> None:
-    """The verdicts in words."""
+def write_verdicts(axes: Any, found: Sequence[Verdict], *, images: int) -> None:
+    """The verdicts in words, after so many images seen."""
     axes.set_axis_off()
     num_look = sum(not verdict.ok for verdict in found)
-    title = (
-        f"First-stage health: {num_look} of {len(found)} want a look"
-        if num_look
-        else "First-stage health: ok"
-    )
+    state = f"{num_look} of {len(found)} want a look" if num_look else "ok"
+    title = f"First-stage health after {images:,} images: {state}"
     axes.text(0, 1.0, title, fontsize=16, fontweight="bold", va="top", transform=axes.transAxes)
     for row, verdict in enumerate(found):
         y = 0.84 - 0.105 * row
@@ -220,7 +222,7 @@ def health_page(history: History, facts: Facts, *, deviations: Sequence[float]) 
     by_panel = {verdict.panel: verdict for verdict in found}
     figure = new_figure(width_inch=WIDTH_INCH, height_inch=HEIGHT_INCH, layout=None)
     cells = figure.add_gridspec(3, 3, left=0.045, right=0.955, bottom=0.05, top=0.95, wspace=0.3, hspace=0.42)
-    write_verdicts(figure.add_subplot(cells[0, :2]), found)
+    write_verdicts(figure.add_subplot(cells[0, :2]), found, images=images_seen(history))
     for number, panel in enumerate(panels(facts, deviations), start=2):
         axes = figure.add_subplot(cells[number // 3, number % 3])
         draw_panel(axes, panel, by_panel.get(panel.title), history, facts)

@@ -17,8 +17,8 @@ MIN_GRADIENT_SHARE = 1e-3
 """A term whose gradient in the picture is a smaller share of the largest trains next to nothing."""
 MAX_CLAMP_SHARE = 0.1
 """Share of logged steps with the adaptive weight at its limit, where the discriminator gives no gradient."""
-MARGIN = (0.0, 2.0)
-"""Healthy margins: below, the discriminator is wrong; above, the hinge is flat and it has won."""
+MARGIN = (-0.1, 2.0)
+"""Healthy margins: below, the discriminator is wrong; about 0, it has just begun; above, it has won."""
 MAX_ACCURACY = 0.95
 """Share of patches told apart, mean of real and reconstructed ones; 0.5 is chance."""
 MIN_CODE_USAGE = 0.5
@@ -140,8 +140,10 @@ def judge_discriminator(history: History, facts: Facts) -> Verdict | None:
     words = f"margin {margin:.2g}, accuracy {accuracy:.2f}"
     if margin > MARGIN[1] or accuracy > MAX_ACCURACY:
         return Verdict("discriminator", False, f"{words}: it has won; lower loss.discriminator_lr")
-    if margin <= MARGIN[0]:
-        return Verdict("discriminator", False, f"{words}: it tells nothing; raise loss.discriminator_lr")
+    if margin < MARGIN[0]:
+        return Verdict(
+            "discriminator", False, f"{words}: it takes one kind for the other; raise loss.discriminator_lr"
+        )
     return Verdict("discriminator", True, words)
 
 
