@@ -31,7 +31,10 @@ History = dict[str, list[tuple[int, float]]]
 class Trainee(Protocol):
     """A model in training: its state, and what one step does."""
 
-    training: Training
+    @property
+    def training(self) -> Training:
+        """How long, in which steps, and how often pictures are wanted."""
+        ...
 
     def step(self, step: int) -> Mapping[str, Tensor]:
         """Do the step-th (from 0) optimiser step; scalars to log, the first of them the loss."""
