@@ -10,7 +10,7 @@ from prefect.exceptions import MissingContextError
 from datasets.manifest import Manifest
 from flows.scores import ROWS
 
-SHOWN = ("last", "outcomes", "num_train", "num_held_out", "num_parameters", "scale", "warning")
+SHOWN = ("health", "last", "outcomes", "num_train", "num_held_out", "num_parameters", "scale", "warning")
 
 
 def publish(manifest: Manifest, uri: str, *, reused: bool) -> None:

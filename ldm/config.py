@@ -17,6 +17,8 @@ from ldm.network_config import (
     UNetConfig,
 )
 
+MIN_RFID_IMAGES = 4
+
 
 class FirstStageModel(Config):
     """Network of a first stage (paper Tab. 8, App. G)."""
@@ -155,6 +157,57 @@ class Training(Config):
         return self
 
 
+class FirstStageTraining(Training):
+    """A training run of a first stage, whose batch statistics belong to virtual shards."""
+
+    virtual_shards: int = Field(default=1, ge=1)
+    """Equal shards that each batch is cut into, in order. Discriminator BatchNorm and adaptive weight are
+    those of a shard; gradients are averaged over the shards by a fixed tree. Part of the bits."""
+
+    @model_validator(mode="after")
+    def check_shards(self) -> Self:
+        """The shards of a batch are equal."""
+        if self.batch_size % self.virtual_shards:
+            divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            raise ValueError(
+                f"virtual_shards ({self.virtual_shards}) must divide batch_size ({self.batch_size}); "
+                f"use one of {', '.join(map(str, divisors))}"
+            )
+        return self
+
+
+class Validation(Config):
+    """Scores of held-out pictures while a first stage trains, and what follows from them."""
+
+    every_images: int = Field(default=0, ge=0)
+    """Images between validations; the end of training is validated too. 0 never validates."""
+    num_images: int = Field(default=100, ge=1)
+    """Held-out pictures that are scored, the last ones of the split; all of them where there are fewer."""
+    rfid: bool = False
+    """Also compute the Frechet distance of reconstructions to their own originals."""
+    patience: int = Field(default=0, ge=0)
+    """Training ends after so many validations in a row without a better rFID (PSNR without `rfid`).
+    Validations before the last loss term has joined in do not count. 0 trains to the end."""
+    keep_best: bool = False
+    """The result is the averaged weights of the best validation, not of the last step."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Nothing is asked of validations that never happen."""
+        asked = [name for name in ("rfid", "patience", "keep_best") if getattr(self, name)]
+        if asked and not self.every_images:
+            raise ValueError(
+                f"validation.{asked[0]} needs validations, got validation.every_images=0; set it to the "
+                "images between two of them"
+            )
+        if self.rfid and self.num_images < MIN_RFID_IMAGES:
+            raise ValueError(
+                f"validation.rfid needs validation.num_images of at least {MIN_RFID_IMAGES}, got "
+                f"{self.num_images}; set it higher"
+            )
+        return self
+
+
 class FirstStageRecipe(Config):
     """One first stage: network, objective, training."""
 
@@ -162,10 +215,11 @@ class FirstStageRecipe(Config):
     description: str = ""
     model: FirstStageModel
     loss: FirstStageLoss = FirstStageLoss()
-    training: Training | None = None
+    training: FirstStageTraining | None = None
     """None for the identity, which has nothing to train."""
     gradient_checkpointing: bool = False
     """Train in less memory and more time; the bits are the same, so it is no part of the key."""
+    validation: Validation = Validation()
 
     @model_validator(mode="after")
     def check(self) -> Self:

@@ -6,7 +6,7 @@ Images here are uint8 in [0, 255], channels last: N images, H height, W width.
 import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,11 +139,11 @@ def curves(
         axes.set_yscale("log")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.xaxis.set_major_formatter(_thousands)
+    axes.xaxis.set_major_formatter(thousands)
     axes.grid(visible=True, which="both", alpha=0.25)
     if series:
         axes.legend(frameon=False)
-    return _png_of(figure)
+    return figure_png(figure)
 
 
 def bars(
@@ -177,31 +177,39 @@ def bars(
             floor, color="#cc3311", linestyle="--", linewidth=1.4, label=f"{floor_label}: {floor:.4g}"
         )
         figure.legend(frameon=False, loc="outside upper right")
-    return _png_of(figure)
+    return figure_png(figure)
 
 
-def _thousands(value: float, _position: int) -> str:
+def thousands(value: float, _position: int) -> str:
+    """Label of a tick: 3200 -> "3.2k"."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"
 
 
-def _axes(*, title: str, width_inch: float, height_inch: float) -> tuple[Any, Any]:
-    """Returns a new figure on matplotlib's Agg canvas and its axes; pyplot would keep it in memory."""
+def new_figure(*, width_inch: float, height_inch: float, layout: Literal["constrained"] | None) -> Any:
+    """Returns a new figure on matplotlib's Agg canvas; pyplot would keep it in memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width_inch, height_inch), dpi=DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=(width_inch, height_inch), dpi=DOTS_PER_INCH, layout=layout)
     FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_png(figure: Any) -> bytes:
+    """Returns a figure as PNG."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _axes(*, title: str, width_inch: float, height_inch: float) -> tuple[Any, Any]:
+    """Returns a new figure and its only axes."""
+    figure = new_figure(width_inch=width_inch, height_inch=height_inch, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure, axes
-
-
-def _png_of(figure: Any) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -42,6 +42,7 @@ TINY = (
     "first_stage.training.warmup_images=0",
     "first_stage.training.lr=0.001",
     "first_stage.training.ema_decay=0.9",
+    "first_stage.validation.every_images=0",
     "encoding.micro_batch=8",
     "unet.model_channels=16",
     "unet.norm_groups=8",

@@ -13,18 +13,24 @@ from ldm.model import WEIGHTS
 from ldm.pictures import curves
 from ldm.stages.stage import Job, Result, Stage
 from ldm.training.first_stage import FirstStageTrainee
-from ldm.training.loop import History, train
+from ldm.training.loop import History, images_seen, train
+from ldm.training.validation import best
+from ldm.training.verdicts import judge
+from ldm.weights import inception_state
 
 MIB = 2**20
 
 
 def what(recipe: Recipe) -> dict[str, Any]:
-    """Network, objective and training."""
+    """Network, objective and training; validation where there is any: its scores are part of the result."""
     return {
         "model": recipe.first_stage.model.model_dump(mode="json"),
         "loss": recipe.first_stage.loss.model_dump(mode="json"),
         "training": recipe.first_stage.training.model_dump(mode="json", exclude={"picture_every_images"})
         if recipe.first_stage.training
+        else None,
+        "validation": recipe.first_stage.validation.model_dump(mode="json")
+        if recipe.first_stage.validation.every_images
         else None,
         "threads": recipe.threads,
     }
@@ -34,7 +40,8 @@ def need_bytes(recipe: Recipe, inputs: Mapping[str, Manifest]) -> int:
     """Two checkpoints and the result; a network of 128 channels has some 55 million parameters."""
     del inputs
     parameters = 55e6 * (recipe.first_stage.model.channels / 128) ** 2 + 3e6
-    return int(200 * MIB + 2 * 16 * parameters + 8 * parameters)
+    per_checkpoint = 20 if recipe.first_stage.validation.keep_best else 16
+    return int(200 * MIB + 2 * per_checkpoint * parameters + 8 * parameters)
 
 
 def build(job: Job) -> Result:
@@ -46,17 +53,35 @@ def build(job: Job) -> Result:
         job.recipe.first_stage,
         SampleReader(job.store, shards, split="train"),
         SampleReader(job.store, shards, split="held_out"),
+        inception=lambda: inception_state(job.store.local_root / "cache"),
     )
     history = train(trainee, job.work, report=job.report)
-    for name, png in {**trainee.look(), **loss_curves(history)}.items():
-        job.report.picture(name, trainee.training.num_images, png)
+    pictures = {**trainee.look(history), **loss_curves(history)}
+    for name, png in pictures.items():
+        job.report.picture(name, images_seen(history), png)
     raw = {name: value.contiguous() for name, value in trainee.model.state_dict().items()}
     files = (
-        job.put(WEIGHTS, save({name: value.contiguous() for name, value in trainee.ema.averages.items()})),
+        job.put(WEIGHTS, save({name: value.contiguous() for name, value in trainee.result().items()})),
         job.put("raw.safetensors", save(raw)),
         job.put("history.json", canonical_json(history)),
+        job.put("health.png", pictures["first_stage_health"]),
     )
-    return Result(files=files, statistics=last_values(history) | {"num_parameters": trainee.num_parameters})
+    return Result(files=files, statistics=last_values(history) | how_it_went(trainee, history))
+
+
+def how_it_went(trainee: FirstStageTrainee, history: History) -> dict[str, Any]:
+    """Size, verdicts on the run's health, where it ended, and which of its weights are the result."""
+    statistics: dict[str, Any] = {
+        "num_parameters": trainee.num_parameters,
+        "health": {v.panel: f"{v.word}: {v.words}" for v in judge(history, trainee.facts())},
+    }
+    if trainee.validation.patience:
+        stopped = trainee.stops(history)
+        statistics["stopped_early_at_images"] = images_seen(history) if stopped else None
+    found = best(trainee.judged(history))
+    if trainee.validation.keep_best and found is not None:
+        statistics["best"] = {"num_images": found[0], "score": abs(found[1])}
+    return statistics
 
 
 def loss_curves(history: History) -> dict[str, bytes]:

@@ -66,7 +66,7 @@ def build(job: Job) -> Result:
 
     trainee = DiffusionTrainee(recipe, reader, contract, first_stage, num_classes=len(classes), look=look)
     history = train(trainee, job.work, report=job.report)
-    for name, picture in {**trainee.look(), **loss_curves(history)}.items():
+    for name, picture in {**trainee.look(history), **loss_curves(history)}.items():
         job.report.picture(name, recipe.training.num_images, picture)
     raw = {name: value.contiguous() for name, value in trainee.networks.state_dict().items()}
     files = (

@@ -18,7 +18,7 @@ from ldm.models.conditioning import ClassEmbedder, drop_labels
 from ldm.models.first_stage import FirstStage
 from ldm.training.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
 from ldm.training.ema import Ema
-from ldm.training.loop import learning_rate
+from ldm.training.loop import History, learning_rate
 from ldm.training.randomness import generator, seed_of
 
 TIMESTEP_BUCKETS = 4
@@ -144,8 +144,19 @@ class DiffusionTrainee:
         networks.load_state_dict(self.ema.averages)
         return networks.eval()
 
-    def look(self) -> Mapping[str, bytes]:
+    def validate(self, images: int, history: History) -> Mapping[str, float]:
+        """Nothing: a diffusion model is scored by the stage evaluate."""
+        del images, history
+        return {}
+
+    def stops(self, history: History) -> bool:
+        """Never early."""
+        del history
+        return False
+
+    def look(self, history: History) -> Mapping[str, bytes]:
         """Samples of the averaged weights."""
+        del history
         return self.look_at(self.averaged())
 
 

@@ -1,90 +1,50 @@
-"""Training of a first stage: reconstruction, LPIPS, patch-adversarial and latent terms (paper App. G).
+"""A first stage in training: one step of the autoencoder and one of its discriminator (paper App. G).
 
-B batch, H W height and width of the pictures in [-1, 1], h w those of the latent.
+B batch, C channels of the latent, H W height and width of the pictures in [-1, 1], h w those of the latent.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from datasets.stream import SampleReader
-from ldm.config import FirstStageLoss, FirstStageRecipe, Training
+from ldm.config import FirstStageRecipe, FirstStageTraining
+from ldm.errors import TrainingError
+from ldm.health_page import health_page
 from ldm.models.autoencoder import to_channels_last
 from ldm.models.discriminator import PatchDiscriminator, hinge_loss
 from ldm.models.first_stage import KLModel, VQModel, build_first_stage
-from ldm.models.gaussian import kl_to_standard_normal
-from ldm.models.lpips import LPIPS, build_lpips
-from ldm.models.quantizer import Quantized
+from ldm.models.lpips import build_lpips
 from ldm.pictures import png, side_by_side
 from ldm.range import from_uint8, to_uint8
 from ldm.training.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
+from ldm.training.codebook import CodeUse
 from ldm.training.ema import Ema
-from ldm.training.loop import learning_rate
+from ldm.training.first_stage_loss import (
+    Encoded,
+    adaptive_weight,
+    forward,
+    pixel_gradient,
+    reconstruction_loss,
+)
+from ldm.training.health import (
+    channel_moments,
+    norms,
+    regulariser_gradients,
+    watch_discriminator,
+    watch_latents,
+    watch_weight,
+)
+from ldm.training.loop import History, is_due, is_logged, learning_rate
 from ldm.training.randomness import generator, seed_of
+from ldm.training.validation import HeldOut, best, judged, judged_after, num_without_better
+from ldm.training.verdicts import Facts
+from ldm.training.virtual_shards import run_shards
 
-MAX_ADAPTIVE_WEIGHT = 1e4
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One forward pass of either kind of first stage."""
-
-    reconstruction: Tensor
-    """(B, 3, H, W)."""
-    regulariser: Tensor
-    """Weighted scalar: codebook and commitment terms, or the KL term per picture."""
-    quantized: Quantized | None
-    latents: Tensor
-    """(B, C, h, w) before quantisation, or (B, 2C, h, w) moments."""
-
-
-def forward(model: VQModel | KLModel, x: Tensor, loss: FirstStageLoss, noise: torch.Generator) -> Encoded:
-    """Reconstruct a batch and weigh what regularises its latent."""
-    if isinstance(model, VQModel):
-        reconstruction, latents, quantized = model(x)
-        return Encoded(reconstruction, loss.codebook_weight * quantized.loss, quantized, latents)
-    reconstruction, moments = model(x, noise)
-    return Encoded(reconstruction, loss.kl_weight * kl_to_standard_normal(moments).mean(), None, moments)
-
-
-def reconstruction_loss(
-    reconstruction: Tensor, x: Tensor, lpips: LPIPS | None, *, weight: float, summed: bool
-) -> tuple[Tensor, Tensor]:
-    """L1 per pixel plus LPIPS, one number per picture added to each of its pixels, and LPIPS alone.
-
-    Args:
-        reconstruction: (B, 3, H, W).
-        x: (B, 3, H, W) the originals.
-        lpips: the perceptual metric, None before it joins in.
-        weight: weight of LPIPS.
-        summed: KL: sum over the pixels of a picture; VQ: mean over them. So published.
-
-    Returns:
-        Two scalars: the loss, and the mean LPIPS (0 without it).
-    """
-    error = (reconstruction - x).abs()
-    perceptual = error.new_zeros(len(x)) if lpips is None else lpips(reconstruction, x)
-    error = error + weight * perceptual[:, None, None, None]
-    return (error.sum() / len(x) if summed else error.mean()), perceptual.mean()
-
-
-def adaptive_weight(reconstruction: Tensor, last_layer: Tensor, grad_rec: Tensor, grad_adv: Tensor) -> Tensor:
-    """|grad_w L_rec| / (|grad_w L_adv| + 1e-4), clamped to [0, 1e4], at the decoder's last weight w.
-
-    Args:
-        reconstruction: (B, 3, H, W) with its graph.
-        last_layer: w.
-        grad_rec: (B, 3, H, W) gradient of the reconstruction loss in the picture.
-        grad_adv: (B, 3, H, W) gradient of the adversarial loss in the picture.
-    """
-    norms = [
-        torch.autograd.grad(reconstruction, last_layer, grad_outputs=g, retain_graph=True)[0].norm()
-        for g in (grad_rec, grad_adv)
-    ]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, MAX_ADAPTIVE_WEIGHT)
+NUM_LOOKED_AT = 24
 
 
 class FirstStageTrainee:
@@ -93,14 +53,22 @@ class FirstStageTrainee:
     Args:
         recipe: the first stage's recipe.
         reader: training pictures.
-        held_out: pictures to look at, never trained on.
+        held_out: pictures to look at and to score, never trained on.
+        inception: where the weights of the FID Inception are; asked for only when validation wants rFID.
     """
 
-    def __init__(self, recipe: FirstStageRecipe, reader: SampleReader, held_out: SampleReader) -> None:
+    def __init__(
+        self,
+        recipe: FirstStageRecipe,
+        reader: SampleReader,
+        held_out: SampleReader,
+        *,
+        inception: Callable[[], Path] | None = None,
+    ) -> None:
         if recipe.training is None or recipe.model.kind == "identity":
             raise ValueError(f"first stage {recipe.name!r} must have weights to train, got the identity")
-        self.training: Training = recipe.training
-        self.config, self.loss = recipe.model, recipe.loss
+        self.training: FirstStageTraining = recipe.training
+        self.config, self.loss, self.validation = recipe.model, recipe.loss, recipe.validation
         self.reader, self.held_out = reader, held_out
         torch.manual_seed(seed_of(self.training.seed, "first stage"))
         model = build_first_stage(recipe.model, checkpointing=recipe.gradient_checkpointing)
@@ -115,8 +83,24 @@ class FirstStageTrainee:
         self.discriminator_lr = self.loss.discriminator_lr or self.training.lr
         self.discriminator_optimizer = adam(self.discriminator, self.training, lr=self.discriminator_lr)
         self.ema = Ema(dict(self.model.named_parameters()), decay=self.training.ema_decay)
-        codes = recipe.model.num_codes or 0
-        self.used_at = torch.zeros(codes, dtype=torch.int64)
+        self.codes = CodeUse(
+            recipe.model.num_codes or 0,
+            batch_size=self.training.batch_size,
+            revive_after_images=self.loss.revive_after_images,
+        )
+        self.scorer = self.build_scorer(inception) if self.validation.every_images else None
+        keep = self.ema.averages if self.validation.keep_best else {}
+        self.best_averages = {name: value.clone() for name, value in keep.items()}
+
+    def build_scorer(self, inception: Callable[[], Path] | None) -> HeldOut:
+        """The held-out pictures that are scored."""
+        return HeldOut(
+            self.validation,
+            self.held_out,
+            micro_batch=self.training.batch_size,
+            lpips=self.lpips or build_lpips(),
+            inception=inception,
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -128,6 +112,8 @@ class FirstStageTrainee:
         training = self.training
         position = step * training.batch_size
         samples = self.reader.in_order(training.seed, position=position, count=training.batch_size)
+        if step == 0:
+            check_pictures(samples["image"])
         x = from_uint8(samples["image"])
         if training.mirror:
             mirrored = torch.rand(len(x), generator=generator(training.seed, step, "mirror")) < 0.5
@@ -136,87 +122,161 @@ class FirstStageTrainee:
 
     def step(self, step: int) -> Mapping[str, Tensor]:
         """One step of the autoencoder, then one of the discriminator once that has started."""
-        x = self.batch(step)
-        images = step * self.training.batch_size
-        factor = learning_rate(self.training, step) / self.training.lr
-        set_lr(self.optimizer, self.training.lr * factor)
+        training = self.training
+        shards = self.batch(step).chunk(training.virtual_shards)
+        images = step * training.batch_size
+        factor = learning_rate(training, step) / training.lr
+        set_lr(self.optimizer, training.lr * factor)
         adversarial = self.loss.adversarial_weight > 0 and images >= self.loss.adversarial_start_images
-        encoded = forward(self.model, x, self.loss, generator(self.training.seed, step, "posterior"))
-        logged = self.backward(encoded, x, images, adversarial=adversarial)
-        if self.training.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
+        measured = is_logged(training, step + 1)
+
+        def work(index: int) -> tuple[dict[str, Tensor], Encoded]:
+            encoded = self.encode_shard(shards[index], step, index)
+            logged = self.backward(encoded, shards[index], images, adversarial=adversarial, measured=measured)
+            return logged, encoded.detached()
+
+        logged, encoded = run_shards(
+            work,
+            len(shards),
+            parameters=list(self.model.parameters()),
+            buffers=list(self.discriminator.buffers()),
+        )
+        if training.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if encoded.quantized is not None:
-            logged |= self.track_codes(encoded.quantized, encoded.latents, step)
+        logged |= self.track_latents(encoded, step, measured=measured)
         self.ema.update(step)
         if adversarial:
             set_lr(self.discriminator_optimizer, self.discriminator_lr * factor)
-            logged |= self.step_discriminator(x, encoded.reconstruction.detach())
+            logged |= self.step_discriminator(shards, [e.reconstruction for e in encoded], measured=measured)
         return logged
 
-    def backward(self, encoded: Encoded, x: Tensor, images: int, *, adversarial: bool) -> dict[str, Tensor]:
-        """Gradients of all terms.
+    def encode_shard(self, x: Tensor, step: int, index: int) -> Encoded:
+        """Forward pass of one shard of a step; the first one draws what a step of one shard draws."""
+        key = (index,) if index else ()
+        if index:
+            torch.manual_seed(seed_of(self.training.seed, step, "layers", *key))
+        return forward(self.model, x, self.loss, generator(self.training.seed, step, "posterior", *key))
+
+    def backward(
+        self, encoded: Encoded, x: Tensor, images: int, *, adversarial: bool, measured: bool = False
+    ) -> dict[str, Tensor]:
+        """Gradients of all terms, and what is logged; with `measured` also the norm of each term's gradient.
 
         LPIPS and discriminator are differentiated once, down to the picture; from there one pass through the
         decoder serves all terms and the last layer's norms.
         """
         perceptual_on = self.loss.perceptual_weight > 0 and images >= self.loss.perceptual_start_images
+        summed = isinstance(self.model, KLModel)
         picture = encoded.reconstruction.detach().requires_grad_()
         rec, perceptual = reconstruction_loss(
             picture,
             x,
             self.lpips if perceptual_on else None,
             weight=self.loss.perceptual_weight,
-            summed=isinstance(self.model, KLModel),
+            summed=summed,
         )
         (gradient,) = torch.autograd.grad(rec, picture)
         logged = {"loss": rec.detach() + encoded.regulariser.detach(), "reconstruction": rec.detach()}
         logged |= {"regulariser": encoded.regulariser.detach(), "l1": (picture - x).abs().mean().detach()}
+        terms: dict[str, Tensor] = {}
+        if measured:
+            terms = {"pixel": pixel_gradient(picture.detach(), x, summed=summed)}
         if perceptual_on:
             logged["lpips"] = perceptual.detach()
+            terms |= {"perceptual": gradient - terms["pixel"]} if measured else {}
         if adversarial:
-            self.discriminator.requires_grad_(False)
-            fooling = -self.discriminator(picture).mean()
-            (grad_adv,) = torch.autograd.grad(fooling, picture)
-            self.discriminator.requires_grad_(True)
-            weight = adaptive_weight(
-                encoded.reconstruction, self.model.decoder.last_layer, gradient, grad_adv
-            )
-            gradient = gradient + self.loss.adversarial_weight * weight * grad_adv
-            logged |= {"generator": fooling.detach(), "adaptive_weight": weight}
+            pushed, found = self.adversarial_gradient(encoded, picture, gradient)
+            gradient = gradient + pushed
+            logged |= found
+            terms |= {"adversarial": pushed} if measured else {}
+        if measured:
+            logged |= norms(terms | regulariser_gradients(self.model, encoded, self.loss))
+            logged |= watch_weight(logged["adaptive_weight"]) if adversarial else {}
         torch.autograd.backward([encoded.reconstruction, encoded.regulariser], [gradient, None])
         return logged
 
-    def step_discriminator(self, x: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """One step of the discriminator on real and reconstructed pictures."""
-        real, fake = self.discriminator(x), self.discriminator(reconstruction)
-        loss = hinge_loss(real, fake)
-        loss.backward()
+    def adversarial_gradient(
+        self, encoded: Encoded, picture: Tensor, grad_rec: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted gradient of the adversarial term in the picture, (B, 3, H, W), and what to log of it."""
+        self.discriminator.requires_grad_(False)
+        fooling = -self.discriminator(picture).mean()
+        (grad_adv,) = torch.autograd.grad(fooling, picture)
+        self.discriminator.requires_grad_(True)
+        weight = adaptive_weight(encoded.reconstruction, self.model.decoder.last_layer, grad_rec, grad_adv)
+        pushed = self.loss.adversarial_weight * weight * grad_adv
+        return pushed, {"generator": fooling.detach(), "adaptive_weight": weight}
+
+    def step_discriminator(
+        self, real: Sequence[Tensor], fake: Sequence[Tensor], *, measured: bool = False
+    ) -> dict[str, Tensor]:
+        """One step of the discriminator on the shards of real and reconstructed pictures."""
+
+        def work(index: int) -> tuple[dict[str, Tensor], None]:
+            logits_real, logits_fake = self.discriminator(real[index]), self.discriminator(fake[index])
+            loss = hinge_loss(logits_real, logits_fake)
+            loss.backward()
+            logged = {
+                "discriminator": loss.detach(),
+                "logits_real": logits_real.mean().detach(),
+                "logits_fake": logits_fake.mean().detach(),
+            }
+            return logged | (watch_discriminator(logits_real, logits_fake) if measured else {}), None
+
+        parameters, buffers = list(self.discriminator.parameters()), list(self.discriminator.buffers())
+        logged, _ = run_shards(work, len(real), parameters=parameters, buffers=buffers)
         self.discriminator_optimizer.step()
         self.discriminator_optimizer.zero_grad()
-        return {
-            "discriminator": loss.detach(),
-            "logits_real": real.mean().detach(),
-            "logits_fake": fake.mean().detach(),
-        }
+        return logged
 
-    def track_codes(self, quantized: Quantized, latents: Tensor, step: int) -> dict[str, Tensor]:
-        """Remember when each code was last used, and move dead ones onto latents of the batch."""
-        images = (step + 1) * self.training.batch_size
-        used = torch.bincount(quantized.indices.flatten(), minlength=len(self.used_at))
-        self.used_at[used > 0] = images
-        share = used.double() / used.sum()
-        perplexity = torch.exp(-(share * share.clamp(min=1e-12).log()).sum())
-        if self.loss.revive_after_images and isinstance(self.model, VQModel):
-            dead = images - self.used_at > self.loss.revive_after_images
-            if bool(dead.any()):
-                self.model.quantize.revive(
-                    dead, latents.detach(), generator(self.training.seed, step, "revive")
-                )
-                self.used_at[dead] = images
-        recent = images - self.used_at < max(self.loss.revive_after_images, 20 * self.training.batch_size)
-        return {"code_usage": recent.double().mean(), "code_perplexity": perplexity}
+    def track_latents(self, encoded: Sequence[Encoded], step: int, *, measured: bool) -> dict[str, Tensor]:
+        """What the latents of all shards, in order, tell; dead codes are moved onto them."""
+        latents = torch.cat([e.latents for e in encoded])
+        logged: dict[str, Tensor] = {}
+        if isinstance(self.model, VQModel):
+            logged |= self.codes.track(
+                self.model.quantize,
+                torch.cat([e.quantized.indices for e in encoded if e.quantized is not None]),
+                latents,
+                images=(step + 1) * self.training.batch_size,
+                draws=generator(self.training.seed, step, "revive"),
+            )
+        if measured:
+            logged |= {"watch/codes_revived": self.codes.take_revived()} if logged else {}
+            logged |= watch_latents(channel_moments(latents, kind=self.config.kind))
+        return logged
+
+    def validate(self, images: int, history: History) -> Mapping[str, float]:
+        """Held-out scores of the averaged weights at the recipe's interval and at the end, else none."""
+        training = self.training
+        ended = images == training.num_steps * training.batch_size
+        if self.scorer is None or not (
+            ended or is_due(images, training, every_images=self.validation.every_images)
+        ):
+            return {}
+        scores = self.scorer.scores(self.averaged())
+        if self.validation.keep_best:
+            now = {name: [*history.get(name, []), (images, value)] for name, value in scores.items()}
+            found = best(self.judged(now))
+            if found is not None and found[0] == images:
+                for name, value in self.best_averages.items():
+                    value.copy_(self.ema.averages[name])
+        return scores
+
+    def judged(self, history: History) -> list[tuple[int, float]]:
+        """The scores that decide, higher is better."""
+        return judged(history, self.validation, after=judged_after(self.loss, self.training))
+
+    def stops(self, history: History) -> bool:
+        """True once the recipe's patience with scores that are not better is over."""
+        patience = self.validation.patience
+        return patience > 0 and num_without_better(self.judged(history)) >= patience
+
+    def result(self) -> dict[str, Tensor]:
+        """The weights to use: averaged, those of the best validation where the recipe keeps it."""
+        return self.best_averages or self.ema.averages
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything the next step depends on."""
@@ -226,7 +286,8 @@ class FirstStageTrainee:
             **optimizer_tensors(self.optimizer, "optimizer"),
             **optimizer_tensors(self.discriminator_optimizer, "discriminator_optimizer"),
             **{f"ema.{name}": value for name, value in self.ema.averages.items()},
-            "used_at": self.used_at,
+            **{f"best.{name}": value for name, value in self.best_averages.items()},
+            **self.codes.tensors(),
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -235,9 +296,10 @@ class FirstStageTrainee:
         load_module(self.discriminator, tensors, "discriminator")
         load_optimizer(self.optimizer, tensors, "optimizer")
         load_optimizer(self.discriminator_optimizer, tensors, "discriminator_optimizer")
-        for name, average in self.ema.averages.items():
-            average.copy_(tensors[f"ema.{name}"])
-        self.used_at.copy_(tensors["used_at"])
+        for prefix, averages in (("ema", self.ema.averages), ("best", self.best_averages)):
+            for name, average in averages.items():
+                average.copy_(tensors[f"{prefix}.{name}"])
+        self.codes.load(tensors)
 
     def averaged(self) -> VQModel | KLModel:
         """The model with its averaged weights, in evaluation mode, for use while the raw one trains on."""
@@ -247,21 +309,53 @@ class FirstStageTrainee:
         return model.eval()
 
     @torch.no_grad()
-    def look(self) -> Mapping[str, bytes]:
-        """Held-out pictures above their reconstructions by the averaged weights."""
-        count = min(24, len(self.held_out))
+    def look(self, history: History) -> Mapping[str, bytes]:
+        """Held-out pictures above their reconstructions by the averaged weights, and the page of health."""
+        count = min(NUM_LOOKED_AT, len(self.held_out))
         x = from_uint8(self.held_out.fetch(range(count))["image"])
         model = self.averaged()
-        rec = model.decode(model.latent(model.encode(x), None))
+        stored = model.encode(x)
+        rec = model.decode(model.latent(stored, None))
         scale = max(1, 128 // x.shape[-1])
-        return {
-            "reconstructions": png(
-                np.asarray(side_by_side(to_uint8(x), to_uint8(rec), columns=12, scale=scale))
-            )
-        }
+        pairs = png(np.asarray(side_by_side(to_uint8(x), to_uint8(rec), columns=12, scale=scale)))
+        if not history:
+            return {"reconstructions": pairs}
+        moments = channel_moments(stored, kind=self.config.kind)
+        page = health_page(history, self.facts(), deviations=moments.std.tolist())
+        return {"reconstructions": pairs, "first_stage_health": page}
+
+    def facts(self) -> Facts:
+        """What a history of this run is judged by."""
+        side = self.held_out.fetch(range(1))["image"].shape[1] // self.config.factor
+        return Facts(
+            num_codes=self.config.num_codes or 0,
+            positions_per_batch=self.training.batch_size * side**2,
+            values_per_latent=self.config.embed_dim * side**2,
+            kl_weight=self.loss.kl_weight if self.config.kind == "kl" else 0.0,
+            judged_after=judged_after(self.loss, self.training),
+        )
 
 
-def adam(module: nn.Module, training: Training, *, lr: float) -> torch.optim.Optimizer:
+def check_pictures(images: np.ndarray) -> None:
+    """Refuse a batch (B, H, W, 3) from which nothing can be learnt.
+
+    Raises:
+        TrainingError: every pixel of it has one colour, or all of its pictures are the same.
+    """
+    if (images == images[:1, :1, :1]).all():
+        what = (
+            f"all {len(images)} pictures of the first batch are of the one colour {images[0, 0, 0].tolist()}"
+        )
+    elif len(images) > 1 and (images == images[:1]).all():
+        what = f"all {len(images)} pictures of the first batch are the same"
+    else:
+        return
+    raise TrainingError(
+        f"training pictures must differ: {what}; look at the data set's pictures and at how they are decoded"
+    )
+
+
+def adam(module: nn.Module, training: FirstStageTraining, *, lr: float) -> torch.optim.Optimizer:
     """Adam with the recipe's betas (paper: 0.5, 0.9), in one fused kernel."""
     return torch.optim.Adam(module.parameters(), lr=lr, betas=training.betas, fused=True)
 

@@ -1,4 +1,4 @@
-"""The one training loop: step, log, look, save; counted in images seen, resumed exactly."""
+"""The one training loop: step, log, validate, look, save; counted in images seen, resumed exactly."""
 
 import logging
 import math
@@ -19,13 +19,22 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_EVERY_S = 20.0
 LOG_EVERY_STEPS = 10
 
+GRADIENT = "gradient/"
+"""Metrics of this group are norms of the gradient of one loss term each."""
+NUM_SILENT_LOGS = 5
+"""So many logged gradients of a term in a row that are exactly zero stop a run."""
+
 History = dict[str, list[tuple[int, float]]]
+"""Logged metrics: name -> (images seen, value)."""
 
 
 class Trainee(Protocol):
     """A model in training: its state, and what one step does."""
 
-    training: Training
+    @property
+    def training(self) -> Training:
+        """How long, in which steps, and how often pictures are wanted."""
+        ...
 
     def step(self, step: int) -> Mapping[str, Tensor]:
         """Do the step-th (from 0) optimiser step; scalars to log, the first of them the loss."""
@@ -39,8 +48,16 @@ class Trainee(Protocol):
         """Put `tensors` back."""
         ...
 
-    def look(self) -> Mapping[str, bytes]:
-        """PNG pictures by name, of the state as it is."""
+    def validate(self, images: int, history: History) -> Mapping[str, float]:
+        """Held-out scores after so many images, none where none are due; `history` is without them."""
+        ...
+
+    def stops(self, history: History) -> bool:
+        """True if training should end early, as its history of scores has it."""
+        ...
+
+    def look(self, history: History) -> Mapping[str, bytes]:
+        """PNG pictures by name, of the state as it is and of how it came there."""
         ...
 
 
@@ -78,6 +95,16 @@ class Silent:
 
     def flush(self) -> None:
         """Nothing to keep."""
+
+
+def is_logged(training: Training, step: int) -> bool:
+    """True if metrics are written down after so many steps."""
+    return step % LOG_EVERY_STEPS == 0 or step == training.num_steps
+
+
+def is_due(images: int, training: Training, *, every_images: int) -> bool:
+    """True if the step that led to so many images seen reached the next multiple of `every_images`."""
+    return images // every_images > (images - training.batch_size) // every_images
 
 
 def learning_rate(training: Training, step: int) -> float:
@@ -127,31 +154,30 @@ def train(
     training = trainee.training
     step, history = resume(trainee, work)
     if step == 0:
-        show(trainee, 0, report)
+        show(trainee, 0, history, report)
     saved_at = time.monotonic()
-    while step < training.num_steps:
+    while step < training.num_steps and not trainee.stops(history):
         torch.manual_seed(seed_of(training.seed, step, "layers"))  # dropout draws from the global generator
         values = trainee.step(step)
         step += 1
         images = step * training.batch_size
-        if step % LOG_EVERY_STEPS == 0 or step == training.num_steps:
+        if is_logged(training, step):
             log(values, step, images, history, report)
+        record(trainee.validate(images, history), images, history, report)
+        ended = step == training.num_steps or trainee.stops(history)
         report.progress(images, training.num_images)
-        if (
-            images // training.picture_every_images
-            > (images - training.batch_size) // training.picture_every_images
-        ):
-            show(trainee, images, report)
-        if time.monotonic() - saved_at > checkpoint_every_s or step == training.num_steps:
+        if is_due(images, training, every_images=training.picture_every_images):
+            show(trainee, images, history, report)
+        if time.monotonic() - saved_at > checkpoint_every_s or ended:
             report.flush()
             save_checkpoint(work, Checkpoint(step, trainee.tensors(), history))
             saved_at = time.monotonic()
     return history
 
 
-def show(trainee: Trainee, images: int, report: Report) -> None:
+def show(trainee: Trainee, images: int, history: History, report: Report) -> None:
     """Report what the trainee looks like after so many images; the series begin at 0, untrained."""
-    for name, png in trainee.look().items():
+    for name, png in trainee.look(history).items():
         report.picture(name, images, png)
 
 
@@ -167,14 +193,45 @@ def resume(trainee: Trainee, work: WorkArea) -> tuple[int, History]:
 
 
 def log(values: Mapping[str, Tensor], step: int, images: int, history: History, report: Report) -> None:
-    """Write metrics down and check that the loss, the first of them, is a number."""
+    """Write metrics down; check that all are numbers, the loss first, and that every term has a gradient."""
     numbers = {name: float(value) for name, value in values.items()}
-    name, loss = next(iter(numbers.items()))
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"{name} must be finite, got {loss} between steps {step - LOG_EVERY_STEPS} and {step} "
-            f"({images} images seen); lower training.lr or set training.clip_norm"
-        )
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{name} must be finite, got {value} between steps {step - LOG_EVERY_STEPS} and {step} "
+                f"({images} images seen); lower training.lr or set training.clip_norm"
+            )
+    record(numbers, images, history, report)
+    check_gradients(history)
+
+
+def record(numbers: Mapping[str, float], images: int, history: History, report: Report) -> None:
+    """Write numbers down in the history and report them."""
     for key, value in numbers.items():
         history.setdefault(key, []).append((images, value))
-    report.metrics(images, numbers)
+    if numbers:
+        report.metrics(images, numbers)
+
+
+def check_gradients(history: History) -> None:
+    """Stop a run in which a loss term that is switched on trains nothing.
+
+    Raises:
+        TrainingError: a metric `gradient/<term>` was exactly zero NUM_SILENT_LOGS times in a row.
+    """
+    for name, points in history.items():
+        last = points[-NUM_SILENT_LOGS:]
+        if name.startswith(GRADIENT) and len(last) == NUM_SILENT_LOGS and not any(v for _, v in last):
+            term = name.removeprefix(GRADIENT)
+            raise TrainingError(
+                f"a loss term that is switched on must have a gradient, that of {term!r} was exactly zero at "
+                f"the last {NUM_SILENT_LOGS} logged steps ({last[0][0]} to {last[-1][0]} images seen). It is "
+                "evaluated without gradient (no_grad, detach), its weight is zero on the way, or what it "
+                "depends on is saturated; let the gradient through, lower training.lr, or switch the term "
+                "off by setting its weight in `loss` to 0"
+            )
+
+
+def images_seen(history: History) -> int:
+    """Images seen at the last point of a history, 0 of an empty one."""
+    return max((points[-1][0] for points in history.values()), default=0)

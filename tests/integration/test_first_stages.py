@@ -37,7 +37,7 @@ def trained(recipe: Recipe, cats: Cats, *, num_steps: int = 2) -> FirstStageTrai
         assert {"loss", "generator", "discriminator", "adaptive_weight"} <= logged.keys()
         same = [name for name, p in trainee.model.named_parameters() if torch.equal(p, before[name])]
         assert [name for name in same if not (one_position and QUERY_OR_KEY.search(name))] == []
-    assert trainee.look()["reconstructions"].startswith(b"\x89PNG")
+    assert trainee.look({})["reconstructions"].startswith(b"\x89PNG")
     return trainee
 
 

@@ -10,6 +10,19 @@ from ldm.network_config import CaptionConditioning, ClassConditioning
 from ldm.recipe import load_recipe, recipe_names
 
 BROKEN = {
+    "unequal shards": (
+        ["first_stage.training.virtual_shards=3"],
+        r"virtual_shards \(3\) must divide batch_size \(16\); use one of 1, 2, 4, 8, 16",
+    ),
+    "shards of a UNet": (["training.virtual_shards=2"], r"training\.virtual_shards"),
+    "patience without validation": (
+        ["first_stage.validation.every_images=0", "first_stage.validation.patience=2"],
+        r"validation\.patience needs validations, got validation\.every_images=0; set it",
+    ),
+    "rFID of three": (
+        ["first_stage.validation.rfid=true", "first_stage.validation.num_images=3"],
+        r"validation\.rfid needs validation\.num_images of at least 4, got 3; set it higher",
+    ),
     "no codebook": (
         ["first_stage.model.num_codes=null"],
         r"first_stage\.model: a VQ first stage needs num_codes, .*; set model\.num_codes",

@@ -7,10 +7,10 @@ from torch import Tensor
 from datasets.stream import SampleReader
 from ldm.config import FirstStageRecipe, Recipe
 from ldm.models.discriminator import hinge_loss
-from ldm.training.first_stage import (
+from ldm.training.first_stage import FirstStageTrainee
+from ldm.training.first_stage_loss import (
     MAX_ADAPTIVE_WEIGHT,
     Encoded,
-    FirstStageTrainee,
     adaptive_weight,
     forward,
     reconstruction_loss,
@@ -101,7 +101,7 @@ def test_the_discriminator_is_moved_by_its_own_loss_alone(trainee: FirstStageTra
     before = [p.detach().clone() for p in trainee.discriminator.parameters()]
     loss = hinge_loss(trainee.discriminator(x), trainee.discriminator(fake))
     gradients = torch.autograd.grad(loss, list(trainee.discriminator.parameters()))
-    logged = trainee.step_discriminator(x, fake)
+    logged = trainee.step_discriminator([x], [fake])
     torch.testing.assert_close(logged["discriminator"], loss.detach())
     lr = trainee.discriminator_lr
     for parameter, start, gradient in zip(trainee.discriminator.parameters(), before, gradients, strict=True):
@@ -114,7 +114,7 @@ def test_the_discriminator_is_moved_by_its_own_loss_alone(trainee: FirstStageTra
 def test_the_discriminator_learns_to_tell_real_from_made_pictures(trainee: FirstStageTrainee) -> None:
     x, encoded = encoded_batch(trainee)
     fake = encoded.reconstruction.detach()
-    losses = [trainee.step_discriminator(x, fake)["discriminator"].item() for _ in range(30)]
+    losses = [trainee.step_discriminator([x], [fake])["discriminator"].item() for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -175,7 +175,7 @@ def test_codes_that_nobody_uses_are_revived(tiny_recipe: Callable[..., Recipe], 
     trainee = FirstStageTrainee(recipe, cats("train"), cats("held_out"))
     usage = [trainee.step(step)["code_usage"].item() for step in range(3)]
     assert usage[-1] == 1.0
-    assert (trainee.used_at > 0).all()
+    assert (trainee.codes.used_at > 0).all()
 
 
 def test_mirroring_turns_about_half_of_the_pictures(tiny_recipe: Callable[..., Recipe], cats: Cats) -> None:

@@ -19,7 +19,7 @@ from ldm.recipe import merge, parse_override, parse_recipe
 from ldm.training.checkpoint import load_checkpoint, saved
 from ldm.training.diffusion import DiffusionTrainee
 from ldm.training.first_stage import FirstStageTrainee
-from ldm.training.loop import History, Silent, Trainee, learning_rate, train
+from ldm.training.loop import History, Silent, Trainee, images_seen, learning_rate, train
 
 KEY = "0" * 64
 NUM_STEPS = 12
@@ -47,6 +47,7 @@ class CutShort:
         self.trainee, self.num_steps = trainee, num_steps
         self.training = trainee.training
         self.tensors, self.load, self.look = trainee.tensors, trainee.load, trainee.look
+        self.validate, self.stops = trainee.validate, trainee.stops
 
     def step(self, step: int) -> Mapping[str, Tensor]:
         if step >= self.num_steps:
@@ -63,14 +64,30 @@ class Case:
     history: History
 
 
-@pytest.fixture(scope="module", params=["vq", "kl", "diffusion vq", "diffusion kl"])
-def case(request: pytest.FixtureRequest, cats: Callable[[str], SampleReader]) -> Case:
+VALIDATED = (
+    "first_stage.validation.every_images=8",
+    "first_stage.validation.num_images=6",
+    "first_stage.validation.keep_best=true",
+    "first_stage.training.lr_schedule=constant",
+)
+"""Validation after every second step, from step 4 on by the scores of all terms."""
+VARIANTS = {
+    "validated vq": (*VALIDATED, "first_stage.training.virtual_shards=2"),
+    "impatient vq": (*VALIDATED, "first_stage.validation.patience=1", "first_stage.training.lr=0.02"),
+}
+
+
+@pytest.fixture(scope="module", params=["vq", "kl", "diffusion vq", "diffusion kl", *VARIANTS])
+def case(
+    request: pytest.FixtureRequest, cats: Callable[[str], SampleReader], tiny_recipe: Callable[..., Recipe]
+) -> Case:
     chain = request.getfixturevalue(f"{request.param.split()[-1]}_chain")
+    recipe = tiny_recipe(*VARIANTS[request.param]) if request.param in VARIANTS else chain.recipe
 
     def make() -> Trainee:
         if "diffusion" in request.param:
             return diffusion_trainee(chain)
-        return FirstStageTrainee(chain.recipe.first_stage, cats("train"), cats("held_out"))
+        return FirstStageTrainee(recipe.first_stage, cats("train"), cats("held_out"))
 
     return Case(make, *undisturbed(make))
 
@@ -121,8 +138,10 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
 def test_a_checkpoint_holds_all_that_the_next_step_depends_on(case: Case) -> None:
     prefixes = {name.split(".")[0] for name in case.tensors}
     assert {"ema", "optimizer"} < prefixes
-    if isinstance(case.make(), FirstStageTrainee):
+    trainee = case.make()
+    if isinstance(trainee, FirstStageTrainee):
         assert {"model", "discriminator", "discriminator_optimizer", "used_at"} < prefixes
+        assert ("best" in prefixes) == trainee.validation.keep_best
     else:
         assert "networks" in prefixes
 
@@ -165,6 +184,18 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     tensors, expected = whole_run
     assert history == expected
     assert_same(trainee.tensors(), tensors)
+
+
+def test_a_run_that_ended_early_stays_ended_when_it_is_resumed(
+    tiny_recipe: Callable[..., Recipe], cats: Callable[[str], SampleReader], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(*VARIANTS["impatient vq"]).first_stage
+    first, again = (FirstStageTrainee(recipe, cats("train"), cats("held_out")) for _ in range(2))
+    work = work_area(Store(tmp_path))
+    history = train(first, work, report=Silent())
+    assert images_seen(history) < recipe.training.num_images  # pyright: ignore[reportOptionalMemberAccess]
+    assert train(again, work, report=Silent()) == history
+    assert_same(again.tensors(), first.tensors())
 
 
 def test_another_seed_gives_other_weights(
