@@ -6,7 +6,7 @@ Imports inside the commands keep `ldm --help` instant.
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
@@ -88,6 +88,33 @@ def train_first_stage(
     run_flow("train-first-stage", recipe, set, store, build=build)
 
 
+@commands.command(name="evaluate-first-stage")
+def evaluate_first_stage(
+    recipe: RecipeName,
+    *,
+    set: Overrides = None,
+    store: StoreUri = DEFAULT_STORE,
+    build: Build = True,
+) -> None:
+    """Score the recipe's first stage: rFID, PSNR, SSIM, LPIPS, beside those of bicubic scaling."""
+    run_flow("evaluate-first-stage", recipe, set, store, build=build)
+
+
+@commands.command(name="compare-first-stages")
+def compare_first_stages(
+    recipe: RecipeName,
+    *,
+    first_stages: Annotated[
+        list[str],
+        Parameter(help="Names of first stages, e.g. `cats-vq-f2 cats-vq-f4`.", consume_multiple=True),
+    ],
+    set: Overrides = None,
+    store: StoreUri = DEFAULT_STORE,
+) -> None:
+    """Train and score several first stages on the pictures of one recipe (paper Tab. 8)."""
+    run_flow("compare-first-stages", recipe, set, store, first_stages=first_stages)
+
+
 @commands.command(name="encode-latents")
 def encode_latents(
     recipe: RecipeName,
@@ -164,6 +191,41 @@ def sample(
         per_class=per_class,
         changes={k: v for k, v in changes.items() if v is not None},
     )
+
+
+@commands.command(name="import")
+def import_model(
+    config: Annotated[
+        Path, Parameter(help="The published YAML beside a checkpoint, or a folder that diffusers wrote.")
+    ],
+    checkpoint: Annotated[Path | None, Parameter(help="The `.ckpt` that belongs to the YAML.")] = None,
+    *,
+    output: Annotated[Path, Parameter(help="Folder to make.")],
+) -> None:
+    """Turn a first stage of another program into a folder that `ldm.load` opens; nothing in it is run."""
+    from ldm.bridge.transfer import import_to_folder
+
+    print(*import_to_folder(config, checkpoint, output=output), sep="\n")
+
+
+@commands.command(name="export")
+def export_model(
+    model: Annotated[
+        str,
+        Parameter(
+            help="A model folder, or `first-stage-cats-vq-f4`, with `@alias`, or a key's first digits."
+        ),
+    ],
+    *,
+    format: Annotated[Literal["compvis", "diffusers"], Parameter(help="Whose layout to write.")],
+    output: Annotated[Path, Parameter(help="Folder to make.")],
+    store: StoreUri = DEFAULT_STORE,
+) -> None:
+    """Write a first stage in the layout of another program, read it back and report every difference."""
+    from flows.export import find_exportable
+    from ldm.bridge.transfer import export_to_folder
+
+    print(*export_to_folder(find_exportable(store, model), output, format=format), sep="\n")
 
 
 @commands.command

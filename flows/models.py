@@ -1,7 +1,7 @@
 """Finds a trained model by what people call it, and the recipe it was trained by."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets.manifest import Manifest
@@ -11,6 +11,7 @@ from ldm.errors import ModelNotFoundError, RecipeError
 from ldm.recipe import load_recipe, merge, parse_override, parse_recipe
 from ldm.tracking import Tracker, tracking_uri
 
+TRAIN_FIRST_STAGE = "train-first-stage"
 TRAIN_LDM = "train-ldm"
 KEY_DIGITS = re.compile(r"[0-9a-f]{6,64}")
 AFTER_TRAINING = {"evaluation", "sampling"}
@@ -28,7 +29,32 @@ def find_model(store: Store, spec: str) -> Manifest:
     Raises:
         ModelNotFoundError: there is none; the message names those there are.
     """
-    models = store.manifests(TRAIN_LDM)
+    return find_registered(store, spec, TRAIN_LDM, name_of=lambda recipe: f"ldm-{recipe.get('name')}")
+
+
+def find_first_stage(store: Store, spec: str) -> Manifest:
+    """The first stage of a registered `name` or `name@alias`, or of a key's first digits.
+
+    Raises:
+        ModelNotFoundError: there is none; the message names those there are.
+    """
+    return find_registered(
+        store,
+        spec,
+        TRAIN_FIRST_STAGE,
+        name_of=lambda recipe: f"first-stage-{recipe.get('first_stage', {}).get('name')}",
+    )
+
+
+def find_registered(
+    store: Store, spec: str, stage: str, *, name_of: Callable[[Mapping[str, Any]], str]
+) -> Manifest:
+    """The artifact of a stage by registered name or key; `name_of` gives the names that a message lists.
+
+    Raises:
+        ModelNotFoundError: there is none; the message names those there are.
+    """
+    models = store.manifests(stage)
     by_key = [m for m in models if KEY_DIGITS.fullmatch(spec) and m.key.startswith(spec)]
     if len(by_key) == 1:
         return by_key[0]
@@ -36,9 +62,9 @@ def find_model(store: Store, spec: str) -> Manifest:
     for manifest in models:
         if version is not None and manifest.digest == version["digest"]:
             return manifest
-    known = ", ".join(sorted(f"ldm-{stored_recipe(m).get('name')} (key {m.short})" for m in models))
+    known = ", ".join(sorted(f"{name_of(stored_recipe(m))} (key {m.short})" for m in models))
     raise ModelNotFoundError(
-        f"no model {spec!r} in {store.uri}; known: {known or 'none'}; train one with `ldm train-ldm RECIPE`"
+        f"no model {spec!r} in {store.uri}; known: {known or 'none'}; train one with `ldm {stage} RECIPE`"
     )
 
 

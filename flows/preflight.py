@@ -12,7 +12,11 @@ from datasets.url_list import ListPlan, UrlList, plan_list
 from ldm.config import Recipe
 from ldm.errors import RecipeError
 from ldm.evaluation.sets import MIN_SCORED
-from ldm.weights import FID_INCEPTION, VGG16_LPIPS, locate
+from ldm.network_config import CaptionConditioning
+from ldm.weights import FID_INCEPTION, MINILM, VGG16_LPIPS, locate
+
+READABLE_CONDITIONS = ("class_label",)
+"""Kinds of condition that image and latent shards hold."""
 
 
 @lru_cache(maxsize=4)
@@ -43,11 +47,23 @@ def check_data(recipe: Recipe) -> None:
     Raises:
         MissingDataError: the pictures are not where the data set says.
         ConfigError: the classes named do not fit the pictures.
-        RecipeError: a conditional model of pictures without classes, or too few pictures to score with.
+        RecipeError: a condition that cannot be read yet, a conditional model of pictures without classes, or
+            too few pictures to score with.
     """
+    check_condition(recipe)
     plan = planned_list(recipe.dataset)
     if isinstance(recipe.dataset.source, Folder):
         check_pictures(recipe, plan.make(Path()))  # a folder's list is in its plan; nothing is made
+
+
+def check_condition(recipe: Recipe) -> None:
+    """Refuse a kind of condition for which no data are read yet; its networks can be built all the same."""
+    if recipe.conditioning is not None and recipe.conditioning.kind not in READABLE_CONDITIONS:
+        raise RecipeError(
+            f"training can read conditions of the kind {', '.join(READABLE_CONDITIONS)} alone so far, got "
+            f"{recipe.conditioning.kind!r}, which shards do not hold; choose another recipe (`ldm recipes`), "
+            "or set conditioning: null with a UNet to match"
+        )
 
 
 def check_pictures(recipe: Recipe, pictures: UrlList) -> None:
@@ -76,3 +92,5 @@ def check_weights(recipe: Recipe) -> None:
     if recipe.first_stage.training is not None and recipe.first_stage.loss.perceptual_weight > 0:
         locate(VGG16_LPIPS)
     locate(FID_INCEPTION)
+    if isinstance(recipe.conditioning, CaptionConditioning) and recipe.conditioning.encoder == "minilm":
+        locate(MINILM)

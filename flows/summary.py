@@ -8,6 +8,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from flows.first_stage_scores import HEADINGS, cells, rows_of, scored
 from flows.produce import Receipt
 from flows.progress import cpu_seconds
 from flows.request import Request
@@ -41,6 +42,7 @@ def print_summary(request: Request, receipts: Sequence[Receipt]) -> None:
     console.print(table)
     console.print(f"CPU time of this run, servers included: {total_cpu_seconds():,.0f} s")
     print_scores(console, request, receipts)
+    print_first_stages(console, request, receipts)
     print_pointers(console, request, receipts)
 
 
@@ -61,6 +63,19 @@ def print_scores(console: Console, request: Request, receipts: Sequence[Receipt]
     console.print(table)
     if "warning" in document:
         console.print(f"[yellow]{document['warning']}[/yellow]")
+
+
+def print_first_stages(console: Console, request: Request, receipts: Sequence[Receipt]) -> None:
+    """The scores of first stages, side by side, when the run has any."""
+    rows = rows_of(scored(request.store, receipts))
+    if not rows:
+        return
+    table = Table(title="first stages on held-out pictures", title_justify="left")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
 
 
 def print_pointers(console: Console, request: Request, receipts: Sequence[Receipt]) -> None:

@@ -3,17 +3,19 @@
 No value is an import path (ADR 0004).
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from datasets.config import DatasetConfig
-
-
-class Config(BaseModel):
-    """Base of all configuration: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from ldm.network_config import (
+    ClassVectorConditioning,
+    Conditioning,
+    Config,
+    LowResConditioning,
+    SegmentationConditioning,
+    UNetConfig,
+)
 
 
 class FirstStageModel(Config):
@@ -23,7 +25,7 @@ class FirstStageModel(Config):
     """Regularisation of the latent; `identity` is the pixel baseline, f = 1."""
     channels: int = Field(default=128, ge=1)
     """Width of the first level."""
-    channel_mult: tuple[int, ...] = (1,)
+    channel_mult: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1,), min_length=1)
     """Width of each level as a multiple of `channels`; each level but the first halves the resolution."""
     num_res_blocks: int = Field(default=2, ge=1)
     """Residual blocks per level (the decoder has one more)."""
@@ -162,48 +164,6 @@ class Encoding(Config):
     """Pictures per forward pass, the last one padded; part of the bits."""
 
 
-class UNetConfig(Config):
-    """The denoising UNet (paper Tab. 12 to 15)."""
-
-    in_channels: int = Field(ge=1)
-    out_channels: int = Field(ge=1)
-    model_channels: int = Field(ge=1)
-    channel_mult: tuple[int, ...]
-    num_res_blocks: int = Field(default=2, ge=1)
-    attention_factors: tuple[int, ...]
-    """Downsampling factors of the latent at which attention follows each block."""
-    head_channels: int | None = Field(default=None, ge=1)
-    """Channels of a head; give this or num_heads."""
-    num_heads: int | None = Field(default=None, ge=1)
-    context_dim: int | None = Field(default=None, ge=1)
-    """Width of the condition's tokens; None builds plain self-attention."""
-    transformer_depth: int = Field(default=1, ge=1)
-    norm_groups: int = Field(default=32, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def check(self) -> Self:
-        """Heads are given one way, and widths divide into groups."""
-        if (self.head_channels is None) == (self.num_heads is None):
-            raise ValueError("give exactly one of head_channels and num_heads")
-        for mult in self.channel_mult:
-            if self.model_channels * mult % self.norm_groups:
-                raise ValueError(
-                    f"model_channels * channel_mult ({self.model_channels} * {mult}) must be divisible by "
-                    f"norm_groups ({self.norm_groups})"
-                )
-        return self
-
-
-class ClassConditioning(Config):
-    """One learned token per class (paper Sec. 4.3.1, Tab. 13)."""
-
-    kind: Literal["class_label"]
-    context_dim: int = Field(default=512, ge=1)
-    drop_rate: float = Field(default=0.1, ge=0, le=1)
-    """Share of labels replaced by the null class in training, which guidance needs."""
-
-
 class Diffusion(Config):
     """The forward process and what the UNet predicts (paper App. B, eq. 2)."""
 
@@ -249,7 +209,7 @@ class Recipe(Config):
     first_stage: FirstStageRecipe
     encoding: Encoding = Encoding()
     unet: UNetConfig
-    conditioning: ClassConditioning | None = None
+    conditioning: Conditioning | None = Field(default=None, discriminator="kind")
     diffusion: Diffusion = Diffusion()
     training: Training
     sampling: Sampling = Sampling()
@@ -271,26 +231,50 @@ class Recipe(Config):
     def check(self) -> Self:
         """The parts fit together."""
         size, factor = self.dataset.image_size_px, self.first_stage.model.factor
-        unet, latent = self.unet, self.first_stage.model.embed_dim
+        unet = self.unet
         require_divisible("dataset.image_size_px", size, factor, "the first stage's f")
         require_divisible(
             "the latent's side", size // factor, 2 ** (len(unet.channel_mult) - 1), "the UNet's levels"
         )
-        if (unet.in_channels, unet.out_channels) != (latent, latent):
+        check_unet(self)
+        if self.sampling.guidance != 1.0 and (self.conditioning is None or not self.conditioning.has_null):
             raise ValueError(
-                f"unet.in_channels and unet.out_channels ({unet.in_channels}, {unet.out_channels}) must "
-                f"equal the latent's channels, first_stage.model.embed_dim ({latent})"
-            )
-        wanted = None if self.conditioning is None else self.conditioning.context_dim
-        if unet.context_dim != wanted:
-            raise ValueError(
-                f"unet.context_dim ({unet.context_dim}) must equal conditioning.context_dim ({wanted})"
-            )
-        if self.conditioning is None and self.sampling.guidance != 1.0:
-            raise ValueError(
-                f"sampling.guidance ({self.sampling.guidance}) needs `conditioning`; use 1 without one"
+                f"sampling.guidance ({self.sampling.guidance}) needs `conditioning` with a null condition; "
+                "use 1 without one"
             )
         return self
+
+
+def check_unet(recipe: Recipe) -> None:
+    """Refuse a UNet that does not fit the latent and the condition."""
+    unet, conditioning, first_stage = recipe.unet, recipe.conditioning, recipe.first_stage.model
+    latent = first_stage.embed_dim
+    beside = 0 if conditioning is None else conditioning.concat_channels(latent)
+    if (unet.in_channels, unet.out_channels) != (latent + beside, latent):
+        also = f", in_channels with the condition's {beside} on top" if beside else ""
+        raise ValueError(
+            f"unet.in_channels and unet.out_channels ({unet.in_channels}, {unet.out_channels}) must equal "
+            f"the latent's channels, first_stage.model.embed_dim ({latent}){also}"
+        )
+    wanted = None if conditioning is None else conditioning.context_dim
+    if unet.context_dim != wanted:
+        raise ValueError(
+            f"unet.context_dim ({unet.context_dim}) must equal conditioning.context_dim ({wanted})"
+        )
+    if (unet.num_classes is not None) != isinstance(conditioning, ClassVectorConditioning):
+        raise ValueError(
+            f"unet.num_classes ({unet.num_classes}) belongs to `conditioning: {{kind: class_vector}}`; "
+            "set both or neither"
+        )
+    if (
+        isinstance(conditioning, LowResConditioning | SegmentationConditioning)
+        and conditioning.factor != first_stage.factor
+    ):
+        raise ValueError(
+            f"a {conditioning.kind} condition comes at 1/{conditioning.factor} of the picture's side, but it "
+            f"must have the latent's, 1/{first_stage.factor}; choose a first stage of "
+            f"f = {conditioning.factor}, or change it"
+        )
 
 
 def require_divisible(

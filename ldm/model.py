@@ -3,7 +3,7 @@
 B batch, C channels of the latent, h w its height and width, H W those of the picture.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from ldm.diffusion.guidance import guide
 from ldm.diffusion.objective import Objective, eps_of_prediction
 from ldm.diffusion.schedule import Schedule, linear_schedule
 from ldm.errors import ContractError
-from ldm.models.conditioning import ClassEmbedder, build_conditioner
+from ldm.models.conditioning import ClassEmbedder, Conditioner, build_conditioner
 from ldm.models.first_stage import FirstStage, build_first_stage, decode_in_micro_batches
 from ldm.models.unet import UNet, build_unet
 from ldm.training.randomness import generator
@@ -101,7 +101,7 @@ def check_finite(what: str, values: Tensor) -> None:
 class Denoising(nn.Module):
     """What is trained in the second stage: the UNet and the conditioning encoder."""
 
-    def __init__(self, unet: UNet, conditioner: ClassEmbedder | None) -> None:
+    def __init__(self, unet: UNet, conditioner: Conditioner | None) -> None:
         super().__init__()
         self.unet = unet
         self.conditioner = conditioner
@@ -109,6 +109,8 @@ class Denoising(nn.Module):
 
 def build_denoising(recipe: Recipe, *, num_classes: int) -> Denoising:
     """The networks of a recipe, freshly initialised from torch's global generator."""
+    if recipe.unet.num_classes is not None:  # the table of class vectors ends with the null class
+        num_classes = recipe.unet.num_classes - 1
     return Denoising(build_unet(recipe.unet), build_conditioner(recipe.conditioning, num_classes=num_classes))
 
 
@@ -128,11 +130,20 @@ class LatentDiffusion:
     classes: tuple[str, ...]
 
     def condition(self, labels: Tensor) -> Tensor | None:
-        """Tokens (B, 1, D) of class labels (B,) int64, -1 asking for nothing; None without a conditioner."""
+        """Tokens (B, 1, D) of class labels (B,) int64, -1 asking for nothing; None without a conditioner.
+
+        Raises:
+            ContractError: the model is conditioned on something else.
+        """
         conditioner = self.networks.conditioner
         if conditioner is None:
             return None
-        return conditioner(torch.where(labels < 0, conditioner.num_classes, labels))
+        if not isinstance(conditioner, ClassEmbedder):
+            raise ContractError(
+                "pictures can be asked for by class label alone so far, and this model is conditioned "
+                f"otherwise (by its {type(conditioner).__name__})"
+            )
+        return conditioner(torch.where(labels < 0, conditioner.last_row, labels))
 
     def predict(self, x_t: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         """The noise eps (B, C, h, w) in noisy scaled latents at time steps t (B,)."""
@@ -184,14 +195,17 @@ class LatentDiffusion:
 
     def check(self, labels: Sequence[int], sampling: Sampling) -> None:
         """Refuse what this model cannot sample."""
-        known = self.networks.conditioner.num_classes if self.networks.conditioner is not None else 0
-        wrong = sorted({label for label in labels if not -1 <= label < known})
+        conditioner = self.networks.conditioner
+        known = conditioner.num_classes if isinstance(conditioner, ClassEmbedder) else 0
+        has_null = not isinstance(conditioner, ClassEmbedder) or conditioner.has_null
+        lowest = "-1 (none)" if has_null else "0"
+        wrong = sorted({label for label in labels if not (-1 if has_null else 0) <= label < known})
         if wrong:
-            raise ContractError(f"class labels must be -1 (none) to {known - 1} for this model, got {wrong}")
-        if sampling.guidance != 1.0 and not known:
+            raise ContractError(f"class labels must be {lowest} to {known - 1} for this model, got {wrong}")
+        if sampling.guidance != 1.0 and not (known and has_null):
             raise ContractError(
                 f"guidance ({sampling.guidance}) needs a conditional model with a null condition, and this "
-                "one is unconditional; use sampling.guidance=1"
+                f"one {'has none' if known else 'is unconditional'}; use sampling.guidance=1"
             )
 
     def sample_pass(
@@ -238,14 +252,24 @@ class LatentDiffusion:
         return self.decode(latents, micro_batch=sampling.micro_batch)
 
 
+def restore_first_stage(config: FirstStageModel, weights: Mapping[str, Tensor]) -> FirstStage:
+    """The first stage of a config with these weights, float32 on the CPU, in evaluation mode.
+
+    Weights of another precision are converted. Nothing is drawn from the global random state.
+    """
+    with torch.device("meta"):
+        model = build_first_stage(config)
+    if isinstance(model, nn.Module):
+        model.to_empty(device="cpu").load_state_dict(weights)
+        model.eval().requires_grad_(False)
+    return model
+
+
 def load_first_stage(store: Store, manifest: Manifest) -> FirstStage:
     """The first stage of an artifact, with its averaged weights, in evaluation mode."""
     config = FirstStageModel.model_validate(manifest.content.what["model"])
-    model = build_first_stage(config)
-    if isinstance(model, nn.Module):
-        model.load_state_dict(load(store.read(manifest, WEIGHTS)))
-        model.eval().requires_grad_(False)
-    return model
+    weights = {} if config.kind == "identity" else load(store.read(manifest, WEIGHTS))
+    return restore_first_stage(config, weights)
 
 
 def assemble(

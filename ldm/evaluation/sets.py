@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from datasets.stream import SampleReader
 from ldm.config import Recipe
@@ -25,6 +26,11 @@ from ldm.training.randomness import generator
 SETS = ("reference", "real", "reconstruction", "noise", "samples")
 MIN_SCORED = 4
 """The smallest n: precision and recall look at a picture's third nearest neighbour."""
+
+
+def nchw(images: np.ndarray) -> Tensor:
+    """(N, H, W, 3) uint8 array -> (N, 3, H, W) uint8 tensor."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
 
 
 def num_scored(recipe: Recipe, held_out: SampleReader) -> int:

@@ -1,7 +1,8 @@
 """The time-conditional UNet (paper Sec. 3.2, 3.3, App. E.2; Dhariwal & Nichol 2021).
 
-B batch, C channels, h w height and width of the latent, L tokens of the condition, D their width, E width of
-the time embedding (4 * model_channels). Parameter names are those of the published checkpoints.
+B batch, C channels, h w height and width of the latent, L tokens of the condition, D their width, K channels
+of a concatenated condition, E width of the time embedding (4 * model_channels). Parameter names are those of
+the published checkpoints.
 """
 
 import math
@@ -9,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.config import UNetConfig
 from ldm.models.attention import AttentionBlock, SpatialTransformer, num_heads_of, zero_init
@@ -26,16 +28,39 @@ def timestep_embedding(t: Tensor, width: int, *, max_period: float = 10_000.0) -
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions, the time embedding added between: (B, C, h, w), (B, E) -> (B, out, h, w)."""
+    """Two 3x3 convolutions, the time embedding between: (B, C, h, w), (B, E) -> (B, out, h, w).
+
+    Args:
+        channels: C.
+        embedding: E.
+        out_channels: channels of the result.
+        dropout: probability before the last convolution.
+        groups: groups of both GroupNorms.
+        scale_shift: the embedding scales and shifts the second normalisation; else it is added before it.
+        resample: changes the resolution of the branch, before its first convolution, and of the shortcut; it
+            has no parameters.
+    """
 
     def __init__(
-        self, channels: int, embedding: int, out_channels: int, *, dropout: float, groups: int
+        self,
+        channels: int,
+        embedding: int,
+        out_channels: int,
+        *,
+        dropout: float,
+        groups: int,
+        scale_shift: bool = False,
+        resample: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.scale_shift = scale_shift
+        self.resample = nn.Identity() if resample is None else resample
         self.in_layers = nn.Sequential(
             nn.GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(embedding, 2 * out_channels if scale_shift else out_channels)
+        )
         self.out_layers = nn.Sequential(
             nn.GroupNorm(groups, out_channels),
             nn.SiLU(),
@@ -48,8 +73,16 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """The shortcut plus the residual branch."""
-        h = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        norm, activation, conv = self.in_layers
+        h = conv(self.resample(activation(norm(x))))
+        time = self.emb_layers(embedding)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            norm, activation, dropout, conv = self.out_layers
+            h = conv(dropout(activation(norm(h) * (1 + scale) + shift)))
+        else:
+            h = self.out_layers(h + time)
+        return self.skip_connection(self.resample(x)) + h
 
 
 class Downsample(nn.Module):
@@ -92,10 +125,11 @@ class Stage(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """Noise in a noisy latent: (B, in, h, w), (B,) time steps, (B, L, D) condition -> (B, out, h, w).
+    """Noise in a noisy latent: (B, C, h, w), (B,) time steps and the condition -> (B, out, h, w).
 
-    h and w must be divisible by 2 ** (levels - 1). Last layers of residual branches and the output
-    convolution start at zero.
+    A condition enters as tokens that are attended to, as maps concatenated to the latent, as a class vector
+    added to the time embedding, or several of them. h and w must be divisible by 2 ** (levels - 1). Last
+    layers of residual branches and the output convolution start at zero.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -105,6 +139,8 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
+        if config.num_classes is not None:
+            self.label_emb = nn.Embedding(config.num_classes, embedding)
         widths = [width * m for m in config.channel_mult]
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, width, 3, padding=1))])
         skips, channels = [width], width
@@ -114,7 +150,7 @@ class UNet(nn.Module):
                 channels = out
                 skips.append(channels)
             if i < len(widths) - 1:
-                self.input_blocks.append(Stage(Downsample(channels)))
+                self.input_blocks.append(Stage(self.downsample(channels)))
                 skips.append(channels)
         self.middle_block = Stage(
             self.residual(channels, channels), self.attention(channels), self.residual(channels, channels)
@@ -125,7 +161,7 @@ class UNet(nn.Module):
                 layers = self.block(channels + skips.pop(), out, factor=2**i)
                 channels = out
                 if i > 0 and j == config.num_res_blocks:
-                    layers.append(Upsample(channels))
+                    layers.append(self.upsample(channels))
                 self.output_blocks.append(Stage(*layers))
         self.out = nn.Sequential(
             nn.GroupNorm(config.norm_groups, channels),
@@ -133,12 +169,30 @@ class UNet(nn.Module):
             zero_init(nn.Conv2d(channels, config.out_channels, 3, padding=1)),
         )
 
-    def residual(self, channels: int, out: int) -> ResBlock:
+    def residual(self, channels: int, out: int, *, resample: nn.Module | None = None) -> ResBlock:
         """A residual block of this UNet."""
         config = self.config
         return ResBlock(
-            channels, 4 * config.model_channels, out, dropout=config.dropout, groups=config.norm_groups
+            channels,
+            4 * config.model_channels,
+            out,
+            dropout=config.dropout,
+            groups=config.norm_groups,
+            scale_shift=config.scale_shift_norm,
+            resample=resample,
         )
+
+    def downsample(self, channels: int) -> nn.Module:
+        """Halves height and width: inside a residual block, or by a convolution."""
+        if self.config.resblock_updown:
+            return self.residual(channels, channels, resample=nn.AvgPool2d(2))
+        return Downsample(channels)
+
+    def upsample(self, channels: int) -> nn.Module:
+        """Doubles height and width: inside a residual block, or with a convolution behind it."""
+        if self.config.resblock_updown:
+            return self.residual(channels, channels, resample=nn.Upsample(scale_factor=2.0, mode="nearest"))
+        return Upsample(channels)
 
     def attention(self, channels: int) -> nn.Module:
         """Self-attention, or a transformer that also attends to the condition when there is one."""
@@ -149,7 +203,7 @@ class UNet(nn.Module):
         return SpatialTransformer(
             channels,
             context_dim=config.context_dim,
-            num_heads=heads,
+            num_heads=1 if config.one_head_transformers else heads,
             depth=config.transformer_depth,
             groups=config.norm_groups,
         )
@@ -161,17 +215,57 @@ class UNet(nn.Module):
             layers.append(self.attention(out))
         return layers
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """The prediction, shaped like `x` but for its channels."""
-        embedding = self.time_embed(timestep_embedding(t, self.config.model_channels))
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        *,
+        concat: Tensor | None = None,
+        label: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction, shaped like `x` but for its channels.
+
+        Args:
+            x: noisy latents, (B, C, h, w).
+            t: time steps, (B,).
+            context: tokens of the condition, (B, L, D), for a UNet with transformers.
+            concat: maps of the condition, (B, K, h, w), put behind the channels of `x`.
+            label: rows of the table of class vectors, (B,) int64, for a UNet with one.
+
+        Raises:
+            ValueError: a condition the UNet needs is missing, or the channels are not `in_channels`.
+        """
+        x = x if concat is None else torch.cat([x, concat], dim=1)
+        if x.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"latent and concatenated condition must have {self.config.in_channels} channels together, "
+                f"got {x.shape[1]}; give the condition as `concat`, (B, K, h, w)"
+            )
+        embedding = self.embed(t, label)
         skips = []
         for stage in self.input_blocks:
-            x = stage(x, embedding, context)
+            x = self.run(stage, x, embedding, context)
             skips.append(x)
-        x = self.middle_block(x, embedding, context)
+        x = self.run(self.middle_block, x, embedding, context)
         for stage in self.output_blocks:
-            x = stage(torch.cat([x, skips.pop()], dim=1), embedding, context)
+            x = self.run(stage, torch.cat([x, skips.pop()], dim=1), embedding, context)
         return self.out(x)
+
+    def embed(self, t: Tensor, label: Tensor | None) -> Tensor:
+        """The time embedding, with the vector of the class where there is a table: (B, E)."""
+        embedding = self.time_embed(timestep_embedding(t, self.config.model_channels))
+        if self.config.num_classes is None:
+            return embedding
+        if label is None:
+            raise ValueError("a UNet with class vectors needs a label of shape (B,), got None")
+        return embedding + self.label_emb(label)
+
+    def run(self, stage: nn.Module, x: Tensor, embedding: Tensor, context: Tensor | None) -> Tensor:
+        """The features after a stage; its activations are kept, or made again in the backward pass."""
+        if self.config.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(stage, x, embedding, context, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return stage(x, embedding, context)
 
 
 def build_unet(config: UNetConfig) -> UNet:

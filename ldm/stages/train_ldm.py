@@ -32,7 +32,7 @@ LOOK_STEPS = 10
 def what(recipe: Recipe) -> dict[str, Any]:
     """Networks, forward process and training."""
     return {
-        "unet": recipe.unet.model_dump(mode="json"),
+        "unet": recipe.unet.model_dump(mode="json", exclude={"checkpoint_activations"}),
         "conditioning": recipe.conditioning.model_dump(mode="json") if recipe.conditioning else None,
         "diffusion": recipe.diffusion.model_dump(mode="json"),
         "training": recipe.training.model_dump(mode="json", exclude={"picture_every_images"}),

@@ -14,7 +14,7 @@ from ldm.diffusion.objective import draw_timesteps, prediction_loss
 from ldm.diffusion.schedule import linear_schedule
 from ldm.latents import LatentContract, scaled_latent
 from ldm.model import Denoising, build_denoising
-from ldm.models.conditioning import drop_labels
+from ldm.models.conditioning import ClassEmbedder, drop_labels
 from ldm.models.first_stage import FirstStage
 from ldm.training.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
 from ldm.training.ema import Ema
@@ -100,6 +100,7 @@ class DiffusionTrainee:
         conditioner, config = self.networks.conditioner, self.recipe.conditioning
         if conditioner is None or config is None:
             return None
+        assert isinstance(conditioner, ClassEmbedder), "other kinds are refused before a run"
         drops = generator(self.training.seed, step, "drop labels")
         return conditioner(drop_labels(labels, null=self.num_classes, rate=config.drop_rate, generator=drops))
 

@@ -73,6 +73,10 @@ def recipe(folder: Path, text: str, *, pictures: Sequence[tuple[str, bytes]] = (
         ),
         ("demo --set dataset=celebahq", r"named? .*--set dataset.root=.*30000.*25000 train, 5000 val"),
         ("celebahq", r"--set dataset.root=/path/to/pictures.*30000.*25000 train, 5000 val"),
+        (
+            "txt2img-1p4b",
+            r"read conditions of the kind class_label alone so far, got 'caption', .*choose another recipe",
+        ),
         ("celebahq --set dataset.root=/nowhere", r"/nowhere does not exist.*Expected there: 30000"),
     ],
 )
@@ -197,6 +201,8 @@ def test_a_command_line_that_cannot_be_read_is_refused(cli: Cli, arguments: str,
     [
         ("--help", ""),
         ("train-ldm --help", ""),
+        ("import --help", ""),
+        ("export --help", ""),
         ("recipes", ""),
         ("reproduce nope", ""),
         ("reproduce demo --set training.nim_images=5", ""),

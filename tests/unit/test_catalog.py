@@ -18,7 +18,18 @@ MINIMAL = {"name": "mine", "source": {"kind": "folder", "root": "/pictures"}, "i
 
 def test_every_data_set_of_the_catalog_loads_under_its_own_name():
     names = known_datasets()
-    assert names == ("cats", "celebahq")
+    assert names == (
+        "cats",
+        "celebahq",
+        "ffhq",
+        "imagenet",
+        "laion",
+        "landscapes",
+        "lsun-bedrooms",
+        "lsun-churches",
+        "openimages",
+        "places",
+    )
     assert [load_dataset(name).name for name in names] == list(names)
 
 
@@ -27,6 +38,16 @@ def test_the_cats_name_their_artist_and_their_15_colours():
     assert cats.attribution == "cats by David Revoy, CC-BY 4.0, via robohash"
     assert cats.licence == "CC-BY-4.0"
     assert len(cats.classes) == 15
+
+
+@pytest.mark.parametrize("name", known_datasets())
+def test_a_data_set_says_what_is_in_it_and_whose_it_is(name: str):
+    config = load_dataset(name)
+    assert config.description
+    assert config.licence
+    assert config.attribution
+    if isinstance(config.source, Folder):
+        assert "pictures" in config.source.layout
 
 
 def test_celebahq_keeps_5000_of_30000_apart():

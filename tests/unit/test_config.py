@@ -6,7 +6,8 @@ from pydantic import ValidationError
 from datasets.errors import ConfigError
 from ldm.config import Evaluation, Recipe, Training, require_divisible
 from ldm.errors import RecipeError
-from ldm.recipe import load_recipe
+from ldm.network_config import CaptionConditioning, ClassConditioning
+from ldm.recipe import load_recipe, recipe_names
 
 BROKEN = {
     "no codebook": (
@@ -51,6 +52,55 @@ BROKEN = {
         ["conditioning.context_dim=64"],
         r"unet\.context_dim \(128\) must equal conditioning\.context_dim \(64\)",
     ),
+    "head count without transformers": (
+        [
+            "conditioning=null",
+            "sampling.guidance=1",
+            "unet.context_dim=null",
+            "unet.one_head_transformers=true",
+        ],
+        r"unet: one_head_transformers is for transformers, and without context_dim there are none",
+    ),
+    "concatenated channels": (
+        ["conditioning={kind: masked_image}", "unet.context_dim=null", "sampling.guidance=1"],
+        r"must equal the latent's channels, .*embed_dim \(4\), in_channels with the condition's 5 on top",
+    ),
+    "condition of another size": (
+        ["conditioning={kind: low_res, factor: 8}", "unet.context_dim=null", "unet.in_channels=7"],
+        r"a low_res condition comes at 1/8 of the picture's side, .*1/4; choose a first stage of f = 8",
+    ),
+    "class vectors without a table": (
+        ["conditioning={kind: class_vector}", "unet.context_dim=null"],
+        r"unet\.num_classes \(None\) belongs to `conditioning: \{kind: class_vector\}`; set both or neither",
+    ),
+    "a table of class vectors alone": (
+        ["unet.num_classes=16"],
+        r"unet\.num_classes \(16\) belongs to `conditioning: \{kind: class_vector\}`; set both or neither",
+    ),
+    "guidance without a null class": (
+        ["conditioning.null_class=false", "conditioning.drop_rate=0"],
+        r"sampling\.guidance \(1\.5\) needs `conditioning` with a null condition; use 1",
+    ),
+    "dropping without a null class": (
+        ["conditioning.null_class=false"],
+        r"conditioning: drop_rate \(0\.1\) replaces labels by the null class; set it to 0, or null_class",
+    ),
+    "unknown kind of condition": (
+        ["conditioning.kind=depth"],
+        r"conditioning: .*'depth' .*expected tags: 'class_label', 'class_vector', 'caption', 'layout'",
+    ),
+    "unknown key of a condition": (
+        ["conditioning.drop=0"],
+        r"unknown key 'conditioning\.drop'; did you mean 'drop_rate'\?",
+    ),
+    "key of another kind of condition": (
+        ["conditioning={kind: low_res, context_dim: 3}"],
+        r"unknown key 'conditioning\.context_dim'; known: channels, drop_rate, factor, kind",
+    ),
+    "width of the frozen encoder": (
+        ["conditioning={kind: caption, encoder: minilm}"],
+        r"conditioning: the encoder minilm has context_dim 384 and vocab_size 30522, got 1280 and 30522",
+    ),
     "condition without attention": (
         ["unet.context_dim=null"],
         r"unet\.context_dim \(None\) must equal conditioning\.context_dim \(128\)",
@@ -75,8 +125,8 @@ BROKEN = {
         r"the value of --set unet\.channel_mult= must be YAML, got '\[1,2'",
     ),
     "unknown first stage": (
-        ["first_stage=cats-vq-f5"],
-        r"unknown first stage 'cats-vq-f5': known are .*Did you mean 'cats-vq-f4'\?",
+        ["first_stage=cats-vq-f44"],
+        r"unknown first stage 'cats-vq-f44': known are .*Did you mean 'cats-vq-f4'\?",
     ),
     "no name": (["dataset=[cats]"], r"`dataset` and `first_stage` take a name, or a mapping with one"),
 }
@@ -127,6 +177,25 @@ def test_overrides_reach_the_data_set_and_the_first_stage() -> None:
     assert recipe.training.betas == (0.1, 0.2)
     assert recipe.first_stage.model == plain.first_stage.model
     assert recipe.unet == plain.unet
+
+
+def test_a_condition_of_another_kind_replaces_the_whole_one() -> None:
+    changes = ["conditioning={kind: caption, encoder: minilm, context_dim: 384}", "unet.context_dim=384"]
+    conditioning = load_recipe("demo", changes).conditioning
+    assert conditioning == CaptionConditioning(kind="caption", encoder="minilm", context_dim=384)
+    same_kind = load_recipe("demo", ["conditioning={kind: class_label, drop_rate: 0.5}"]).conditioning
+    assert same_kind == ClassConditioning(kind="class_label", context_dim=128, drop_rate=0.5)
+
+
+def test_a_field_named_like_a_kind_keeps_its_place_in_messages() -> None:
+    with pytest.raises(RecipeError, match=r"dataset\.source\.layout: Input should be a valid string, got 3"):
+        load_recipe("demo", ["dataset={name: own, source: {kind: folder, layout: 3}, image_size_px: 32}"])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_comes_back_from_its_own_values(name: str) -> None:
+    recipe = load_recipe(name)
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
 def test_a_recipe_cannot_be_changed() -> None:

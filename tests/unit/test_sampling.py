@@ -9,6 +9,7 @@ from datasets.store import Store
 from ldm.config import Recipe
 from ldm.errors import ContractError
 from ldm.model import LatentDiffusion, assemble, build_denoising, load_first_stage
+from ldm.network_config import CaptionConditioning, ClassConditioning
 
 LABELS = [3, 0, 14, -1, 7, 7, 2, 9]
 
@@ -86,3 +87,26 @@ def test_guidance_of_an_unconditional_model_is_refused(vq_chain: Chain) -> None:
         model.sample([-1], recipe.sampling)
     plain = recipe.sampling.model_copy(update={"guidance": 1.0})
     assert model.sample([-1], plain).shape == (1, 3, 32, 32)
+
+
+def test_a_model_without_a_null_class_samples_its_classes_but_is_neither_guided_nor_asked_for_nothing(
+    vq_chain: Chain,
+) -> None:
+    recipe = vq_chain.recipe
+    conditioning = ClassConditioning(kind="class_label", context_dim=16, null_class=False, drop_rate=0.0)
+    model = some_model(vq_chain, recipe.model_copy(update={"conditioning": conditioning}))
+    plain = recipe.sampling.model_copy(update={"guidance": 1.0})
+    assert model.sample([14], plain).shape == (1, 3, 32, 32)
+    with pytest.raises(ContractError, match=r"class labels must be 0 to 14 for this model, got \[-1\]"):
+        model.sample([-1], plain)
+    with pytest.raises(ContractError, match=r"a null condition, and this one has none; use sampling.guid"):
+        model.sample([14], recipe.sampling)
+
+
+def test_a_condition_that_is_no_class_cannot_be_asked_for_by_label(vq_chain: Chain) -> None:
+    recipe = vq_chain.recipe
+    conditioning = CaptionConditioning(kind="caption", context_dim=16, depth=1)
+    model = some_model(vq_chain, recipe.model_copy(update={"conditioning": conditioning}))
+    plain = recipe.sampling.model_copy(update={"guidance": 1.0})
+    with pytest.raises(ContractError, match=r"asked for by class label alone so far, .*TokenEncoder"):
+        model.sample([-1], plain)

@@ -1,0 +1,138 @@
+"""`ldm import` and `ldm export`: files of other programs become a model folder, and the other way round."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ldm
+from ldm.model import load_first_stage
+
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+VQ, KL = FIXTURES / "vq_first_stage", FIXTURES / "kl_first_stage"
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+def done(ended: tuple[int, str, str]) -> str:
+    """What a run printed that ended well."""
+    status, out, err = ended
+    assert (status, err) == (0, "")
+    return out
+
+
+def refusal(ended: tuple[int, str, str]) -> str:
+    """The message of a run that was refused: all of stderr."""
+    status, out, err = ended
+    assert (status, out) == (2, ""), err
+    assert err.count("\n") == 1, err
+    return err
+
+
+def names(folder: Path) -> set[str]:
+    """What is in a folder."""
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture
+def imported(cli: Cli, tmp_path: Path) -> Path:
+    """Model folder of the published VQ case."""
+    folder = tmp_path / "models" / "vq"
+    done(cli("import", str(VQ / "config.yaml"), str(VQ / "model.ckpt"), "--output", str(folder)))
+    return folder
+
+
+def test_an_import_says_what_it_found_and_can_be_loaded(cli: Cli, tmp_path: Path) -> None:
+    arguments = [str(VQ / "config.yaml"), str(VQ / "model.ckpt"), "--output", str(tmp_path / "vq")]
+    said = done(cli("import", *arguments))
+    assert re.search(r"vq first stage, f = 4, c = 3, 32 codes, 1,368,670 parameters", said)
+    assert re.search(r"from model.ckpt, sha256 [0-9a-f]{64}\nit says: .*global_step 1234", said)
+    assert re.search(r"training state kept beside the model: 3 tensors, such as loss\.", said)
+    assert ldm.load(tmp_path / "vq").config.num_codes == 32
+
+
+@pytest.mark.parametrize(
+    ("format", "training_state"), [("compvis", "3 tensors written back"), ("diffusers", "is not exported")]
+)
+def test_an_export_reads_back_without_a_difference_and_says_so(
+    cli: Cli, imported: Path, tmp_path: Path, format: str, training_state: str
+) -> None:
+    said = done(cli("export", str(imported), "--format", format, "--output", str(tmp_path / "out")))
+    for name in ("latent", "reconstruction"):
+        assert re.search(rf"read back, largest difference of the {name}: 0 \(values up to [1-9]", said)
+    assert re.search(rf"training state:? {training_state}", said)
+    report = json.loads((tmp_path / "out" / "parity.json").read_text("utf-8"))
+    assert report["parity"]["largest_difference"] == {"latent": 0.0, "reconstruction": 0.0}
+    assert {*report["files"], "parity.json"} == names(tmp_path / "out")
+
+    again = [str(tmp_path / "out")] if format == "diffusers" else []
+    again = again or [str(tmp_path / "out" / name) for name in ("config.yaml", "model.ckpt")]
+    done(cli("import", *again, "--output", str(tmp_path / "again")))
+    x = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ldm.load(tmp_path / "again").encode(x), ldm.load(imported).encode(x))
+
+
+def test_a_trained_first_stage_is_exported_by_its_key(cli: Cli, vq_chain: Any, tmp_path: Path) -> None:
+    store, manifest = vq_chain.store, vq_chain.first_stage
+    arguments = ["--format", "diffusers", "--output", str(tmp_path / "out"), "--store", str(store.local_root)]
+    said = done(cli("export", manifest.short, *arguments))
+    assert "training state is not exported" in said
+    done(cli("import", str(tmp_path / "out"), "--output", str(tmp_path / "back")))
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ldm.load(tmp_path / "back").encode(x), load_first_stage(store, manifest).encode(x))
+
+
+def test_a_trained_first_stage_is_exported_by_its_registered_name(
+    cli: Cli, tiny_store: Path, tmp_path: Path
+) -> None:
+    spec = "first-stage-cats-vq-f4@candidate"
+    arguments = ["--format", "diffusers", "--output", str(tmp_path / "out"), "--store", str(tiny_store)]
+    assert re.search(r"largest difference of the latent: 0 ", done(cli("export", spec, *arguments)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (f"import {VQ}/config.yaml", r"a published YAML comes with a checkpoint, got .*config.yaml alone"),
+        (
+            f"import {VQ}/config.yaml {KL}/model.ckpt",
+            r"model.ckpt must hold exactly .* missing: encoder.down.0.block.1",
+        ),
+        (f"import {VQ}/config.yaml {VQ}/config.yaml", r"a checkpoint must be an undamaged zip of torch.save"),
+        (f"import {VQ}/nope.yaml {VQ}/model.ckpt", r"nope.yaml must be a readable YAML"),
+        (
+            f"import {VQ} {VQ}/model.ckpt",
+            r"a diffusers folder brings its own weights, got .*leave the latter",
+        ),
+        (f"import {VQ}", r"config.json must be a readable JSON"),
+        (f"export {VQ} --format compvis", r"a model folder must hold a readable model.json"),
+        (
+            "export first-stage-x --format compvis",
+            r"no model 'first-stage-x' in .*; known: none; train one w",
+        ),
+    ],
+)
+def test_what_cannot_be_transferred_is_refused_and_leaves_nothing(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, refusal(cli(*arguments.split(), "--output", "out")))
+    assert names(tmp_path) <= {"artifacts"}
+
+
+def test_nothing_is_overwritten(cli: Cli, imported: Path) -> None:
+    arguments = ["import", str(KL / "config.yaml"), str(KL / "model.ckpt"), "--output", str(imported)]
+    assert re.search(r"nothing is overwritten, and .* exists; name another folder", refusal(cli(*arguments)))
+    assert ldm.load(imported).config.kind == "vq"
+
+
+def test_what_a_layout_cannot_express_is_named(cli: Cli, tmp_path: Path) -> None:
+    kl = str(tmp_path / "kl")
+    done(cli("import", str(KL / "config.yaml"), str(KL / "model.ckpt"), "--output", kl))
+    said = refusal(cli("export", kl, "--format", "diffusers", "--output", str(tmp_path / "out")))
+    assert re.search(r"embed_dim must equal z_channels, and this model has 6 and 8; export it with", said)
+    assert names(tmp_path) == {"kl"}

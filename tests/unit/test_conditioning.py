@@ -1,0 +1,213 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from datasets.conditions.layout import Box, LayoutObject, layout_tokens
+from datasets.conditions.text import caption_tokens
+from ldm.model import build_denoising
+from ldm.models.conditioning import (
+    AsGiven,
+    ClassEmbedder,
+    Conditioner,
+    SpatialRescaler,
+    TokenEncoder,
+    build_conditioner,
+    drop_conditions,
+    masked_condition,
+)
+from ldm.models.text_transformer import Transformer
+from ldm.network_config import Conditioning
+from ldm.recipe import load_recipe
+
+CAPTIONS = ["a spotted orange cat", "a plain blue cat"]
+LAYOUT = layout_tokens([LayoutObject(3, Box(0.1, 0.2, 0.3, 0.4))])
+
+
+def draws(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+# Kind -> its configuration, two conditions as a batch holds them, and the shape of what the UNet gets.
+KINDS: dict[str, tuple[dict[str, Any], Tensor, tuple[int, ...]]] = {
+    "class_label": ({"context_dim": 6}, torch.tensor([0, 2]), (2, 1, 6)),
+    "class_vector": ({}, torch.tensor([0, 2]), (2,)),
+    "caption": ({"context_dim": 6, "depth": 1}, torch.from_numpy(caption_tokens(CAPTIONS)), (2, 77, 6)),
+    "layout": ({"context_dim": 6, "depth": 1}, torch.from_numpy(np.stack([LAYOUT, LAYOUT])), (2, 92, 6)),
+    "embeddings": ({"context_dim": 6}, draws(2, 4, 6), (2, 4, 6)),
+    "segmentation": ({"num_classes": 5}, torch.arange(512).reshape(2, 16, 16) % 5, (2, 3, 4, 4)),
+    "low_res": ({}, draws(2, 3, 4, 4), (2, 3, 4, 4)),
+    "masked_image": ({}, draws(2, 5, 4, 4), (2, 5, 4, 4)),
+}
+
+
+def some_conditioner(kind: str, **changes: Any) -> Conditioner:
+    config = TypeAdapter(Conditioning).validate_python({"kind": kind} | KINDS[kind][0] | changes)
+    torch.manual_seed(0)
+    conditioner = build_conditioner(config, num_classes=3)
+    assert conditioner is not None
+    return conditioner
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_condition_becomes_what_the_unet_gets(kind: str) -> None:
+    _, given, shape = KINDS[kind]
+    encoded = some_conditioner(kind)(given)
+    assert encoded.shape == shape
+    assert encoded.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_null_condition_has_the_form_of_a_real_one_and_is_encoded_differently(kind: str) -> None:
+    _, given, shape = KINDS[kind]
+    conditioner = some_conditioner(kind)
+    null = conditioner.null(given)
+    assert (null.shape, null.dtype) == (given.shape, given.dtype)
+    encoded = conditioner(null)
+    assert encoded.shape == shape
+    assert torch.equal(encoded[0], encoded[1])
+    assert not torch.equal(encoded[0], conditioner(given)[0])
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_dropped_condition_is_the_null_one(kind: str) -> None:
+    _, given, _ = KINDS[kind]
+    null = some_conditioner(kind).null(given)
+    for rate, expected in ((0.0, given), (1.0, null)):
+        assert torch.equal(
+            drop_conditions(given, null, rate=rate, generator=torch.Generator().manual_seed(1)), expected
+        )
+
+
+def test_the_share_asked_for_is_dropped_and_a_generator_drops_the_same_again() -> None:
+    given, null = torch.ones(4000, 2), torch.zeros(4000, 2)
+    first, again = (
+        drop_conditions(given, null, rate=0.3, generator=torch.Generator().manual_seed(1)) for _ in range(2)
+    )
+    assert torch.equal(first, again)
+    assert torch.equal(first[:, 0], first[:, 1])
+    assert float(1 - first.mean()) == pytest.approx(0.3, abs=0.03)
+
+
+def test_null_conditions_are_those_documented() -> None:
+    nulls = {kind: some_conditioner(kind).null(given)[0] for kind, (_, given, _) in KINDS.items()}
+    assert nulls["class_label"] == nulls["class_vector"] == 3
+    assert nulls["caption"][:3].tolist() == [101, 102, 0]
+    assert not nulls["caption"][2:].any()
+    assert (nulls["layout"] == 8191).all()
+    assert (nulls["segmentation"] == -1).all()
+    assert not nulls["embeddings"].any()
+    assert not nulls["low_res"].any()
+    assert (nulls["masked_image"][-1] == 1).all()
+    assert not nulls["masked_image"][:-1].any()
+
+
+def test_the_null_class_of_class_vectors_is_the_last_row_of_the_unets_table() -> None:
+    changes = ["conditioning={kind: class_vector}", "unet.context_dim=null", "unet.num_classes=16"]
+    networks = build_denoising(load_recipe("demo", changes), num_classes=1)
+    labels = torch.tensor([3, 15])
+    assert isinstance(networks.conditioner, AsGiven)
+    assert networks.conditioner.null(labels).tolist() == [15, 15]
+    x, t = torch.zeros(2, 4, 8, 8), torch.tensor([1, 2])
+    assert networks.unet(x, t, label=networks.conditioner.null(labels)).shape == x.shape
+
+
+def test_without_a_null_class_there_is_a_row_less_and_nothing_to_drop() -> None:
+    with_null, without = ClassEmbedder(3, 6), ClassEmbedder(3, 6, null_class=False)
+    assert (with_null.embedding.num_embeddings, without.embedding.num_embeddings) == (4, 3)
+    with pytest.raises(ValueError, match=r"the 3 classes of this model include no null class"):
+        without.null(torch.tensor([0]))
+
+
+def reference_layer(
+    width: int, *, norm: nn.LayerNorm, attention: Any, mlp: Any, mlp_norm: nn.LayerNorm
+) -> nn.Module:
+    """Torch's own pre-norm layer with our weights."""
+    layer = nn.TransformerEncoderLayer(
+        width, 8, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    with torch.no_grad():
+        projections = [attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]
+        layer.self_attn.in_proj_weight.copy_(torch.cat(projections))
+        layer.self_attn.in_proj_bias.zero_()
+    layer.self_attn.out_proj.load_state_dict(attention.to_out.state_dict())
+    layer.norm1.load_state_dict(norm.state_dict())
+    layer.norm2.load_state_dict(mlp_norm.state_dict())
+    layer.linear1.load_state_dict(mlp.net[0][0].state_dict())
+    layer.linear2.load_state_dict(mlp.net[2].state_dict())
+    return layer
+
+
+def test_the_transformer_computes_what_torchs_own_does() -> None:
+    torch.manual_seed(0)
+    width, depth = 512, 2  # eight heads of 64
+    ours = Transformer(vocab_size=20, num_tokens=7, width=width, depth=depth)
+    tokens = torch.tensor([[1, 5, 0, 0, 19], [3, 3, 2, 1, 0]])
+    x = ours.token_emb.weight[tokens] + ours.pos_emb.emb.weight[:5]
+    layers: Any = ours.attn_layers.layers
+    for i in range(depth):
+        (norm, attention), (mlp_norm, mlp) = layers[2 * i], layers[2 * i + 1]
+        x = reference_layer(width, norm=norm, attention=attention, mlp=mlp, mlp_norm=mlp_norm)(x)
+    torch.testing.assert_close(ours(tokens), ours.norm(x))
+
+
+def test_gradient_reaches_every_parameter_of_the_transformer_but_the_unused_head() -> None:
+    transformer = Transformer(vocab_size=6, num_tokens=6, width=16, depth=2)
+    transformer(torch.arange(6)[None]).square().mul(draws(6, 16)).mean().backward()
+    reached = {name for name, p in transformer.named_parameters() if p.grad is not None and p.grad.any()}
+    missed = {name for name, _ in transformer.named_parameters()} - reached
+    assert missed == {"to_logits.weight", "to_logits.bias"}
+
+
+def test_padding_is_attended_to_as_in_the_published_encoder() -> None:
+    encoder, tokens = some_conditioner("caption"), KINDS["caption"][1]
+    other = tokens.clone()
+    other[:, -1] = 7
+    assert not torch.allclose(encoder(tokens)[:, 0], encoder(other)[:, 0], atol=1e-6)
+
+
+def test_a_map_of_one_class_becomes_that_classs_colour_and_borders_their_mixture() -> None:
+    rescaler = some_conditioner("segmentation")
+    assert isinstance(rescaler, SpatialRescaler)
+    colours = rescaler.channel_mapper.weight[:, :, 0, 0]  # (3, 5)
+    for label in range(5):
+        out = rescaler(torch.full((1, 8, 8), label))
+        torch.testing.assert_close(out, colours[:, label].reshape(1, 3, 1, 1).expand(1, 3, 2, 2))
+    assert not rescaler(torch.full((1, 8, 8), -1)).any()
+    halves = torch.zeros(1, 4, 4, dtype=torch.int64)
+    halves[:, :, 2:] = 3
+    torch.testing.assert_close(rescaler(halves)[0, :, 0, 0], (colours[:, 0] + colours[:, 3]) / 2)
+    shares = draws(1, 5, 8, 8)
+    torch.testing.assert_close(
+        rescaler.rescale(shares), rescaler.channel_mapper(F.avg_pool2d(F.avg_pool2d(shares, 2), 2))
+    )
+
+
+def test_inpainting_sees_the_encoded_rest_and_the_nearest_mask_in_plus_and_minus_one() -> None:
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[:, :, :4] = 1
+    out = masked_condition(draws(1, 3, 2, 2), mask)
+    assert torch.equal(out[:, :3], draws(1, 3, 2, 2))
+    assert out[0, 3].tolist() == [[1.0, 1.0], [-1.0, -1.0]]
+
+
+def pooled(encoder: Conditioner, captions: list[str], *, num_tokens: int) -> Tensor:
+    tokens = torch.from_numpy(caption_tokens(captions, num_tokens=num_tokens))
+    given = (tokens > 0)[..., None]
+    return F.normalize((encoder(tokens) * given).sum(1) / given.sum(1), dim=1)
+
+
+def test_the_frozen_encoder_reads_as_its_authors_weights_do() -> None:
+    encoder = some_conditioner("caption", encoder="minilm", context_dim=384)
+    assert isinstance(encoder, TokenEncoder)
+    assert not encoder.state_dict()
+    assert not list(encoder.parameters())
+    captions = ["a red cat", "a red kitten", "a blue cat", "a diesel engine"]
+    short, long = (pooled(encoder, captions, num_tokens=length) for length in (8, 12))
+    torch.testing.assert_close(short, long)  # padding changes nothing
+    # cosines of the upstream model, all-MiniLM-L6-v2
+    assert (short[0] @ short[1:].T).tolist() == pytest.approx([0.830, 0.712, 0.221], abs=6e-4)
