@@ -22,6 +22,11 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     return GroupNorm(groups, channels, eps=1e-6, affine=True)
 
 
+def swish(x: Tensor) -> Tensor:
+    """Swish, x * sigmoid(x), in the memory of `x` where no gradient will ask for `x` again."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions after GroupNorm and swish, beside a shortcut: (B, C, h, w) -> (B, out, h, w)."""
 
@@ -46,9 +51,10 @@ class ResnetBlock(nn.Module):
 
     def compute(self, x: Tensor) -> Tensor:
         """What `forward` gives, without checkpointing."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        h = self.conv1(swish(self.norm1(x)))
+        h = self.conv2(self.dropout(swish(self.norm2(h))))
+        # A convolution's gradient does not need its output, so the sum may take its memory.
+        return h.add_(self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class AttnBlock(nn.Module):
@@ -94,8 +100,21 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
+def doubling_kernel(weight: Tensor) -> Tensor:
+    """The kernel whose transposed stride-2 convolution doubles a map, then convolves it with `weight`.
+
+    Each value of the small map is met four times in the doubled one, so its weights are summed beforehand:
+    (out, in, 3, 3) -> (in, out, 4, 4).
+    """
+    return F.avg_pool2d(weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1).transpose(0, 1)
+
+
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution: (B, C, h, w) -> (B, C, 2h, 2w)."""
+    """Nearest-neighbour doubling, then a 3x3 convolution: (B, C, h, w) -> (B, C, 2h, 2w).
+
+    Without a gradient both are one transposed convolution: equal up to rounding, with four products where the
+    plain form has nine, and the doubled map is never held.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -103,7 +122,10 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Twice the height and width."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if torch.is_grad_enabled():
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        kernel = doubling_kernel(self.conv.weight)
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):
@@ -221,7 +243,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for stage in self.down:
             h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(swish(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -273,7 +295,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for stage in reversed(self.up):
             h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(swish(self.norm_out(h)))
 
 
 def to_channels_last(module: nn.Module) -> nn.Module:

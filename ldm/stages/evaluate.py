@@ -37,7 +37,7 @@ def build(job: Job) -> Result:
 
 EVALUATE = Stage(
     name="evaluate",
-    code_version=1,
+    code_version=2,
     inputs={
         "shards": "download-shards",
         "first_stage": "train-first-stage",

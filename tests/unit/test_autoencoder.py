@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ldm.config import FirstStageModel
-from ldm.models.autoencoder import AttnBlock, Downsample, group_norm
+from ldm.models.autoencoder import AttnBlock, Downsample, ResnetBlock, Upsample, group_norm
 from ldm.models.first_stage import KLModel, VQModel, build_first_stage, decode_in_micro_batches
 
 MULT = {1: (1,), 2: (1, 2), 4: (1, 2, 2), 8: (1, 1, 2, 2), 16: (1, 1, 1, 2, 2), 32: (1, 1, 1, 1, 2, 2)}
@@ -68,6 +68,39 @@ def test_downsampling_pads_right_and_bottom_only() -> None:
     down.load_state_dict({"conv.weight": kernel, "conv.bias": torch.zeros(1)})
     x = torch.arange(16.0).view(1, 1, 4, 4)
     assert down(x).flatten().tolist() == [0.0, 2.0, 8.0, 10.0]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 4), (8, 8)])
+def test_upsampling_is_the_same_with_and_without_a_gradient(height: int, width: int) -> None:
+    torch.manual_seed(0)
+    up = Upsample(6)
+    x = torch.randn(2, 6, height, width)
+    plain = up(x)
+    with torch.no_grad():
+        torch.testing.assert_close(up(x), plain.detach())
+    assert plain.shape == (2, 6, 2 * height, 2 * width)
+
+
+def test_working_in_place_leaves_the_input_and_every_number_alone() -> None:
+    torch.manual_seed(0)
+    block = ResnetBlock(8, 8, groups=4, dropout=0.0)
+    x = torch.randn(2, 8, 6, 6)
+    before = x.clone()
+
+    def branch(conv: torch.nn.Module, norm: torch.nn.Module, h: torch.Tensor) -> torch.Tensor:
+        return conv(torch.nn.functional.silu(norm(h)))
+
+    expected = branch(block.conv2, block.norm2, branch(block.conv1, block.norm1, x)) + x
+    assert torch.equal(block(x), expected)
+    with torch.no_grad():
+        assert torch.equal(block(x), expected)
+    assert torch.equal(x, before)
+    x.requires_grad_()
+    parameters = [x, *block.parameters()]
+    gradients = torch.autograd.grad(block(x).square().sum(), parameters)
+    h = branch(block.conv2, block.norm2, branch(block.conv1, block.norm1, x)) + x
+    plain = torch.autograd.grad(h.square().sum(), parameters)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, plain, strict=True))
 
 
 def test_vq_decodes_what_the_quantiser_makes_of_a_latent() -> None:

@@ -1,6 +1,8 @@
+import pytest
 import torch
 from torch import Tensor
 
+from ldm.models import quantizer as quantizer_module
 from ldm.models.quantizer import VectorQuantizer
 
 
@@ -28,6 +30,22 @@ def test_a_code_is_its_own_nearest() -> None:
     quantizer = some_quantizer()
     indices = torch.arange(16).view(1, 4, 4)
     assert torch.equal(quantizer.nearest(quantizer.lookup(indices)), indices)
+
+
+@pytest.mark.parametrize("max_distances", [1, 100, 2**20])
+def test_searching_in_parts_finds_the_same_codes(max_distances: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer, z = some_quantizer(num_codes=48, channels=4), some_latents(batch=3, channels=4, side=8)
+    flat, codes = z.permute(0, 2, 3, 1).reshape(-1, 4), quantizer.embedding.weight.detach()
+    whole = (codes.square().sum(1) - 2.0 * flat @ codes.t()).argmin(1).view(3, 8, 8)
+    monkeypatch.setattr(quantizer_module, "MAX_DISTANCES", max_distances)
+    assert torch.equal(quantizer.nearest(z), whole)
+
+
+def test_of_equally_near_codes_the_first_is_taken() -> None:
+    quantizer = some_quantizer()
+    with torch.no_grad():
+        quantizer.embedding.weight[8:] = quantizer.embedding.weight[:8]
+    assert int(quantizer.nearest(some_latents()).max()) < 8
 
 
 def test_the_decoders_gradient_passes_unchanged_to_the_encoder() -> None:
