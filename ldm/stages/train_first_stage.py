@@ -87,7 +87,9 @@ def how_it_went(trainee: FirstStageTrainee, history: History) -> dict[str, Any]:
 def loss_curves(history: History) -> dict[str, bytes]:
     """One plot of every metric whose name starts with "loss", and one of the rest that people ask for."""
     losses = {
-        name: points for name, points in history.items() if name.startswith(("loss", "reconstruction", "l1"))
+        name: points
+        for name, points in sorted(history.items())
+        if name.startswith(("loss", "reconstruction", "l1"))
     }
     return {"loss_curves": curves(losses, title="training losses", ylabel="loss", log_y=True)}
 
