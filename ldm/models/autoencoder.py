@@ -112,8 +112,8 @@ def doubling_kernel(weight: Tensor) -> Tensor:
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 convolution: (B, C, h, w) -> (B, C, 2h, 2w).
 
-    Without a gradient both are one transposed convolution: equal up to rounding, with four products where the
-    plain form has nine, and the doubled map is never held.
+    Both are one transposed convolution: equal up to rounding, with four products where the plain form has
+    nine, and the doubled map is never held.
     """
 
     def __init__(self, channels: int) -> None:
@@ -122,8 +122,6 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Twice the height and width."""
-        if torch.is_grad_enabled():
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         kernel = doubling_kernel(self.conv.weight)
         return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 

@@ -101,7 +101,7 @@ def last_values(history: History) -> dict[str, Any]:
 
 TRAIN_FIRST_STAGE = Stage(
     name="train-first-stage",
-    code_version=1,
+    code_version=2,
     inputs={"shards": "download-shards"},
     what=what,
     build=build,

@@ -121,7 +121,7 @@ class FirstStageTrainee:
         return x.contiguous(memory_format=torch.channels_last)
 
     def step(self, step: int) -> Mapping[str, Tensor]:
-        """One step of the autoencoder, then one of the discriminator once that has started."""
+        """One step of the autoencoder, and one of the discriminator once that has started."""
         training = self.training
         shards = self.batch(step).chunk(training.virtual_shards)
         images = step * training.batch_size
@@ -138,7 +138,7 @@ class FirstStageTrainee:
         logged, encoded = run_shards(
             work,
             len(shards),
-            parameters=list(self.model.parameters()),
+            parameters=[*self.model.parameters(), *(self.discriminator.parameters() if adversarial else ())],
             buffers=list(self.discriminator.buffers()),
         )
         if training.clip_norm is not None:
@@ -149,7 +149,8 @@ class FirstStageTrainee:
         self.ema.update(step)
         if adversarial:
             set_lr(self.discriminator_optimizer, self.discriminator_lr * factor)
-            logged |= self.step_discriminator(shards, [e.reconstruction for e in encoded], measured=measured)
+            self.discriminator_optimizer.step()
+            self.discriminator_optimizer.zero_grad()
         return logged
 
     def encode_shard(self, x: Tensor, step: int, index: int) -> Encoded:
@@ -187,9 +188,10 @@ class FirstStageTrainee:
             logged["lpips"] = perceptual.detach()
             terms |= {"perceptual": gradient - terms["pixel"]} if measured else {}
         if adversarial:
-            pushed, found = self.adversarial_gradient(encoded, picture, gradient)
+            logits_fake = self.discriminator(picture)
+            pushed, found = self.adversarial_gradient(encoded, picture, logits_fake, gradient)
             gradient = gradient + pushed
-            logged |= found
+            logged |= found | self.backward_discriminator(x, logits_fake, measured=measured)
             terms |= {"adversarial": pushed} if measured else {}
         if measured:
             logged |= norms(terms | regulariser_gradients(self.model, encoded, self.loss))
@@ -198,38 +200,34 @@ class FirstStageTrainee:
         return logged
 
     def adversarial_gradient(
-        self, encoded: Encoded, picture: Tensor, grad_rec: Tensor
+        self, encoded: Encoded, picture: Tensor, logits_fake: Tensor, grad_rec: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted gradient of the adversarial term in the picture, (B, 3, H, W), and what to log of it."""
-        self.discriminator.requires_grad_(False)
-        fooling = -self.discriminator(picture).mean()
-        (grad_adv,) = torch.autograd.grad(fooling, picture)
-        self.discriminator.requires_grad_(True)
+        fooling = -logits_fake.mean()
+        (grad_adv,) = torch.autograd.grad(fooling, picture, retain_graph=True)
         weight = adaptive_weight(encoded.reconstruction, self.model.decoder.last_layer, grad_rec, grad_adv)
         pushed = self.loss.adversarial_weight * weight * grad_adv
         return pushed, {"generator": fooling.detach(), "adaptive_weight": weight}
 
-    def step_discriminator(
-        self, real: Sequence[Tensor], fake: Sequence[Tensor], *, measured: bool = False
+    def backward_discriminator(
+        self, x: Tensor, logits_fake: Tensor, *, measured: bool = False
     ) -> dict[str, Tensor]:
-        """One step of the discriminator on the shards of real and reconstructed pictures."""
+        """Gradients of the discriminator's own loss, in its parameters alone, and what to log of it.
 
-        def work(index: int) -> tuple[dict[str, Tensor], None]:
-            logits_real, logits_fake = self.discriminator(real[index]), self.discriminator(fake[index])
-            loss = hinge_loss(logits_real, logits_fake)
-            loss.backward()
-            logged = {
-                "discriminator": loss.detach(),
-                "logits_real": logits_real.mean().detach(),
-                "logits_fake": logits_fake.mean().detach(),
-            }
-            return logged | (watch_discriminator(logits_real, logits_fake) if measured else {}), None
-
-        parameters, buffers = list(self.discriminator.parameters()), list(self.discriminator.buffers())
-        logged, _ = run_shards(work, len(real), parameters=parameters, buffers=buffers)
-        self.discriminator_optimizer.step()
-        self.discriminator_optimizer.zero_grad()
-        return logged
+        Args:
+            x: (B, 3, H, W) real pictures.
+            logits_fake: what it said of reconstructions, with its graph.
+            measured: also log how well it tells them apart.
+        """
+        logits_real = self.discriminator(x)
+        loss = hinge_loss(logits_real, logits_fake)
+        loss.backward(inputs=list(self.discriminator.parameters()))
+        logged = {
+            "discriminator": loss.detach(),
+            "logits_real": logits_real.mean().detach(),
+            "logits_fake": logits_fake.mean().detach(),
+        }
+        return logged | (watch_discriminator(logits_real, logits_fake) if measured else {})
 
     def track_latents(self, encoded: Sequence[Encoded], step: int, *, measured: bool) -> dict[str, Tensor]:
         """What the latents of all shards, in order, tell; dead codes are moved onto them."""

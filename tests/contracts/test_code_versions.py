@@ -14,7 +14,7 @@ from ldm.stages.stage import Job
 from ldm.training.loop import Silent
 
 TOLERANCE = 2e-3
-FIRST_STAGE = (1, 0.46793)
+FIRST_STAGE = (2, 0.46793)
 LATENTS = (1, 6.7026)
 UNET = (1, 0.92506)
 

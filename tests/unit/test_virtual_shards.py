@@ -105,7 +105,6 @@ def step_by_hand(trainee: FirstStageTrainee, num_shards: int) -> Mapping[str, Te
         passes.append(one.encode_shard(part, 0, index))
         logs.append(one.backward(passes[-1], part, 0, adversarial=True))
     leave_means(trainee.model, [one.model for one in copies])
-    leave_buffers(trainee.discriminator, [one.discriminator for one in copies])
     trainee.optimizer.step()
     trainee.ema.update(0)
     if trainee.config.kind == "vq":
@@ -113,7 +112,7 @@ def step_by_hand(trainee: FirstStageTrainee, num_shards: int) -> Mapping[str, Te
         trainee.codes.used_at[indices.unique()] = len(x)
     judges = [copy.deepcopy(trainee.discriminator) for _ in parts]
     for judge, part, encoded in zip(judges, parts, passes, strict=True):
-        real, fake = judge(part), judge(encoded.reconstruction.detach())
+        fake, real = judge(encoded.reconstruction.detach()), judge(part)
         (0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean())).backward()
     leave_means(trainee.discriminator, judges)
     leave_buffers(trainee.discriminator, judges)
@@ -145,7 +144,7 @@ def test_ranks_that_compute_some_shards_each_end_where_one_process_does(
 
     def of(trainee: FirstStageTrainee) -> dict[str, list[Tensor]]:
         return {
-            "parameters": list(trainee.model.parameters()),
+            "parameters": [*trainee.model.parameters(), *trainee.discriminator.parameters()],
             "buffers": list(trainee.discriminator.buffers()),
         }
 
@@ -153,7 +152,7 @@ def test_ranks_that_compute_some_shards_each_end_where_one_process_does(
     ranks = [copy.deepcopy(joined) for _ in range(4)]
     results = [compute_shard(lambda i=i: work(ranks[i], i), **of(ranks[i])) for i in (3, 1, 2, 0)]
     combine([results[3], results[1], results[2], results[0]], **of(joined))
-    for ours, theirs in zip(joined.model.parameters(), alone.model.parameters(), strict=True):
+    for ours, theirs in zip(of(joined)["parameters"], of(alone)["parameters"], strict=True):
         assert ours.grad is not None
         assert theirs.grad is not None
         assert torch.equal(ours.grad, theirs.grad)
