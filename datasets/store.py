@@ -264,36 +264,33 @@ class Store:
         """
         paths = self._blobs.match(f"{LINEAGE}/*/*.json")
         read = ((path, self._blobs.read(path)) for path in paths)
-        return [Manifest.from_json(data, source=self._blobs.address(p)) for p, data in read if data is not None]
+        return [
+            Manifest.from_json(data, source=self._blobs.address(p)) for p, data in read if data is not None
+        ]
 
     def withdraw(self, manifest: Manifest) -> None:
         """Make an artifact not exist; its files stay, and ``commit`` with the same content brings it back."""
         self._blobs.remove(f"{_folder(manifest.stage, manifest.key)}/{MANIFEST}")
 
-    def folders(self) -> dict[str, int]:
-        """Return the folders that hold or once held artifacts, with their size in bytes.
+    def folders(self) -> list[str]:
+        """Return the folders that hold or once held artifacts, relative to the root.
 
         Among them are those without a manifest: of attempts that run or were cut off, and of removals that
         were cut off.
         """
-        paths = self._blobs.match("*/*/*")
-        folders = {path.rpartition("/")[0] for path in paths if is_artifact_folder(path.rpartition("/")[0])}
-        return {folder: self._blobs.num_bytes(folder) for folder in sorted(folders)}
+        folders = {path.rpartition("/")[0] for path in self._blobs.match("*/*/*")}
+        return sorted(folder for folder in folders if is_artifact_folder(folder))
+
+    def num_bytes(self, folder: str) -> int:
+        """Return the size of all files in a folder of ``folders``."""
+        return self._blobs.num_bytes(folder)
 
     def discard(self, folder: str) -> None:
-        """Remove a folder of ``folders``.
-
-        Raises:
-            StoreError: When it has a manifest; withdraw it first.
-        """
+        """Remove a folder of ``folders``, unless it has a manifest: what exists is withdrawn first."""
         if not is_artifact_folder(folder):
             raise ValueError(f"only the folder of an artifact can be discarded, got {folder!r}")
-        if self._blobs.size(f"{folder}/{MANIFEST}") is not None:
-            raise StoreError(
-                f"only what no manifest names may be removed, but {self._blobs.address(folder)} has one; "
-                "withdraw it first"
-            )
-        self._blobs.discard(folder)
+        if self._blobs.size(f"{folder}/{MANIFEST}") is None:
+            self._blobs.discard(folder)
 
     def work_areas(self) -> dict[str, WorkArea]:
         """Return what attempts have left in the store, by ``<stage>/<first 16 digits of the key>``."""
@@ -338,7 +335,7 @@ class Store:
         if path == f"{_folder(manifest.stage, manifest.key)}/{MANIFEST}":
             return manifest
         raise CorruptionError(
-            f"{self._blobs.address(path)} must lie in the folder of its stage and key, but is the manifest of "
+            f"{self._blobs.address(path)} must lie in the folder of its stage and key, but is that of "
             f"{manifest.stage} {manifest.short}; delete its folder"
         )
 

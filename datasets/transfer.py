@@ -107,8 +107,8 @@ def _pack(
         if found is None or found.digest != parent.digest:
             if goes:
                 raise StoreError(
-                    f"the {role} of {manifest.stage} {manifest.short}, {parent.stage} {parent.key[:12]}, must "
-                    f"go along, but is not in {source.uri}; copy from a store that has it"
+                    f"the {role} of {manifest.stage} {manifest.short}, {parent.stage} {parent.key[:12]}, "
+                    f"must go along, but is not in {source.uri}; copy from a store that has it"
                 )
             found = remembered.get(parent.digest)
         if found is None:

@@ -62,9 +62,7 @@ class Attempt(BaseModel):
         return "running" if is_alive(self.model_dump()) else "cut off"
 
 
-def attempt_here(
-    stage: str, key: str, *, asked: Sequence[Asked], inputs: Mapping[str, Manifest]
-) -> Attempt:
+def attempt_here(stage: str, key: str, *, asked: Sequence[Asked], inputs: Mapping[str, Manifest]) -> Attempt:
     """An attempt of this process."""
     process = psutil.Process()
     return Attempt(
@@ -99,8 +97,8 @@ def _read(area: WorkArea, name: str) -> Attempt:
         return Attempt.model_validate_json(area.read(name) or b"")
     except ValidationError as error:
         raise CorruptionError(
-            f"{area.uri}/{name} must say who works there, but cannot be read ({error.error_count()} mistakes); "
-            "remove it if nobody does"
+            f"{area.uri}/{name} must say who works there, but cannot be read ({error.error_count()} "
+            "mistakes); remove it if nobody does"
         ) from error
 
 

@@ -139,8 +139,8 @@ def require_there(store: Store, inputs: Mapping[str, Manifest]) -> None:
     for role, manifest in inputs.items():
         if store.find(manifest.stage, manifest.key) is None:
             raise NotBuiltError(
-                f"the {role} {manifest.stage} {manifest.short} must stay while it is read, but was removed from "
-                f"{store.uri} a moment ago; run the same command again"
+                f"the {role} {manifest.stage} {manifest.short} must stay while it is read, but was removed "
+                f"from {store.uri} a moment ago; run the same command again"
             )
 
 

@@ -378,7 +378,9 @@ class Tracker:
         """
         found: dict[str, list[str]] = {}
         with self._answering() as client:
-            for model in _all_pages(client.search_registered_models) if client else ():
+            if client is None:
+                return {}
+            for model in _all_pages(client.search_registered_models):
                 for alias, number in model.aliases.items():
                     digest = _registered(client.get_model_version(model.name, str(number)))["digest"]
                     found.setdefault(digest, []).append(f"{model.name}@{alias}")
