@@ -134,8 +134,8 @@ def keep_lost(found: Survey, manifests: Sequence[Manifest], names: set[str]) -> 
         if stored_recipe(manifest).get("name") not in names:
             found.reach.keep(manifest.digest, "recipe elsewhere")
             found.unproven.append(
-                f"{manifest.stage} {manifest.short}: made by {asked and asked.recipe} on {host}, which cannot "
-                "be read here; give that recipe with --recipe"
+                f"{manifest.stage} {manifest.short}: made by {asked and asked.recipe} on {host}, which "
+                "cannot be read here; give that recipe with --recipe"
             )
 
 
