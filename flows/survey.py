@@ -71,10 +71,10 @@ def survey(store: Store, recipes: Sequence[str], manifests: Sequence[Manifest]) 
     known = attempts(store)
     require_announced(store, known)
     keep_models(found, store, manifests)
-    own = known_recipes(recipes, manifests)
-    for recipe in own:
+    given = [load_recipe(name) for name in recipes]
+    for recipe in (*given, *known_recipes(manifests)):
         found.reach.keep_led_to(recipe)
-    keep_lost(found, manifests, {recipe.name for recipe in own})
+    keep_lost(found, manifests, {recipe.name for recipe in given})
     staying = [attempt for attempt in known if attempt.state != "cut off" or goes_on(attempt)]
     for attempt in staying:
         keep_attempt(found, store, attempt)
@@ -102,11 +102,11 @@ def require_announced(store: Store, known: Sequence[Attempt]) -> None:
             )
 
 
-def known_recipes(names: Sequence[str], manifests: Sequence[Manifest]) -> list[Recipe]:
-    """The recipes of the package, the YAMLs named, and the YAMLs that artifacts were made by."""
+def known_recipes(manifests: Sequence[Manifest]) -> list[Recipe]:
+    """The recipes of the package, and the YAMLs that artifacts were made by and that are still there."""
     made_by = {asked.recipe for m in manifests if (asked := asked_for(m)) and not asked.is_lost}
     own = sorted(name for name in made_by if is_path(name))
-    return [load_recipe(name) for name in (*recipe_names(RECIPES), *names, *own)]
+    return [load_recipe(name) for name in (*recipe_names(RECIPES), *own)]
 
 
 def keep_models(found: Survey, store: Store, manifests: Sequence[Manifest]) -> None:
