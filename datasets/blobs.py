@@ -267,20 +267,6 @@ class RemoteBlobs:
             except FileNotFoundError:
                 return None
 
-    def digest(self, path: str) -> str | None:
-        """Return the SHA-256 of what a path holds, in constant memory, or None when it does not exist."""
-        with translated(self.address(path), kinds=Exception):
-            try:
-                with self.filesystem.open(self._full(path), "rb") as stream:
-                    return hashlib.file_digest(stream, "sha256").hexdigest()
-            except FileNotFoundError:
-                return None
-
-    def num_bytes(self, folder: str) -> int:
-        """Return the size of all objects below a folder, 0 when there are none."""
-        with translated(self.address(folder), kinds=Exception):
-            return int(self.filesystem.du(self._full(folder)))
-
     def fetch(self, path: str, target: Path) -> bool:
         """Copy a path to a local file, in one step in place of what it held; return whether it existed."""
 
@@ -304,6 +290,20 @@ class RemoteBlobs:
                 return []
         names = (entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
         return sorted(name for name in names if name)  # some stores list the folder itself, as "folder/"
+
+    def digest(self, path: str) -> str | None:
+        """Return the SHA-256 of what a path holds, in constant memory, or None when it does not exist."""
+        with translated(self.address(path), kinds=Exception):
+            try:
+                with self.filesystem.open(self._full(path), "rb") as stream:
+                    return hashlib.file_digest(stream, "sha256").hexdigest()
+            except FileNotFoundError:
+                return None
+
+    def num_bytes(self, folder: str) -> int:
+        """Return the size of all objects below a folder, 0 when there are none."""
+        with translated(self.address(folder), kinds=Exception):
+            return int(self.filesystem.du(self._full(folder)))
 
     def match(self, pattern: str) -> list[str]:
         """Return the sorted paths that match a glob pattern."""

@@ -174,6 +174,19 @@ class Store:
         self._blobs.sweep(folder)
         return held
 
+    def has(self, manifest: Manifest, name: str) -> bool:
+        """Return whether a file of an artifact, committed or not, is stored; its content is verified there.
+
+        Raises:
+            CorruptionError: When it does not have the digest its manifest records.
+        """
+        record = manifest.file(name)
+        path = f"{_folder(manifest.stage, manifest.key)}/{record.path}"
+        digest = self._blobs.digest(path)
+        if digest is not None:
+            self._require_digest(path, record, digest)
+        return digest is not None
+
     def read(self, manifest: Manifest, name: str) -> bytes:
         """Return the bytes of an artifact's file, verified.
 
@@ -212,19 +225,6 @@ class Store:
                 raise self._missing(path, record)
         self._require_digest(path, record, sha256_file(local))
         return local
-
-    def has(self, manifest: Manifest, name: str) -> bool:
-        """Return whether a file of an artifact, committed or not, is stored; its content is verified there.
-
-        Raises:
-            CorruptionError: When it does not have the digest its manifest records.
-        """
-        record = manifest.file(name)
-        path = f"{_folder(manifest.stage, manifest.key)}/{record.path}"
-        digest = self._blobs.digest(path)
-        if digest is not None:
-            self._require_digest(path, record, digest)
-        return digest is not None
 
     def manifests(self, stage: str | None = None, *, strict: bool = False) -> list[Manifest]:
         """Return all committed artifacts, of one stage or of all, sorted by stage and key.

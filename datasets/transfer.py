@@ -84,8 +84,8 @@ def carry(source: Store, target: Store, cargo: Cargo, *, progress: Progress = no
 def _carry_file(source: Store, target: Store, manifest: Manifest, name: str) -> None:
     if target.has(manifest, name):
         return
-    local = source.local_file(manifest, name)
-    target.put_file(manifest.stage, manifest.key, name, local, count=manifest.file(name).count)
+    data = source.read(manifest, name)
+    target.put(manifest.stage, manifest.key, name, data, count=manifest.file(name).count)
     if not target.has(manifest, name):
         raise StoreError(
             f"what was written must be there, but {target.uri_of(manifest)} does not have {name}; copy again"

@@ -13,7 +13,7 @@ from datasets.errors import CorruptionError
 from datasets.manifest import Manifest, Parent
 from datasets.store import Store
 from datasets.work import WorkArea
-from flows.asked import Asked
+from flows.invocation import Invocation
 
 PREFIX = "attempt-"
 NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9.-]")
@@ -41,7 +41,7 @@ class Attempt(BaseModel):
     host: str
     pid: int
     process_started: float
-    asked: tuple[Asked, ...]
+    asked: tuple[Invocation, ...]
     inputs: dict[str, Parent]
 
     @property
@@ -62,7 +62,9 @@ class Attempt(BaseModel):
         return "running" if is_alive(self.model_dump()) else "cut off"
 
 
-def attempt_here(stage: str, key: str, *, asked: Sequence[Asked], inputs: Mapping[str, Manifest]) -> Attempt:
+def attempt_here(
+    stage: str, key: str, *, asked: Sequence[Invocation], inputs: Mapping[str, Manifest]
+) -> Attempt:
     """An attempt of this process."""
     process = psutil.Process()
     return Attempt(

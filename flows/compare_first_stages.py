@@ -6,9 +6,9 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from datasets.keys import artifact_key
-from flows.asked import Asked
 from flows.evaluate_first_stage import evaluate_first_stage
 from flows.first_stage_scores import figures, markdown, rows_of, scored
+from flows.invocation import Invocation
 from flows.produce import PARENT_RUN, Receipt, tracked
 from flows.request import Request
 from ldm.recipe import named_first_stage
@@ -38,7 +38,7 @@ def compare_first_stages(
     what = {name: one.model_dump(mode="json") for name, one in recipes.items()}
     key = artifact_key(STAGE, 1, what=what, parents={})
     params = {"recipe": recipe, "first_stages": " ".join(names)}
-    asked = [Asked.of(recipe, one) for one in settings.values()]
+    asked = [Invocation.of(recipe, one) for one in settings.values()]
     with tracked(request, STAGE, key, params, asked=asked) as run:
         parent = PARENT_RUN.set(run.id)
         try:

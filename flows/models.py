@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from datasets.manifest import Manifest
 from datasets.store import Store
-from flows.asked import Asked
+from flows.invocation import Invocation
 from ldm.config import Recipe
 from ldm.errors import ModelNotFoundError, RecipeError
 from ldm.recipe import load_recipe, merge, parse_override, parse_recipe
@@ -104,10 +104,10 @@ def stored_recipe(model: Manifest) -> Mapping[str, Any]:
     return model.provenance.get("recipe", {})
 
 
-def asked_for(manifest: Manifest) -> Asked | None:
+def asked_for(manifest: Manifest) -> Invocation | None:
     """What the run that made an artifact was asked for; None when it does not say."""
     try:
-        return Asked.model_validate(manifest.provenance.get("asked"))
+        return Invocation.model_validate(manifest.provenance.get("asked"))
     except ValidationError:
         return None
 

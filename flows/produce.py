@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict
 from datasets.image_shards import build_image_shards
 from datasets.manifest import Manifest
 from datasets.store import Store
-from flows.asked import Asked
 from flows.attempts import announce, attempt_here
 from flows.console import show_own_logs
+from flows.invocation import Invocation
 from flows.models import open_tracker
 from flows.pages import publish
 from flows.preflight import planned_list
@@ -162,7 +162,7 @@ def tracked(
     params: Mapping[str, Any],
     *,
     inputs: Mapping[str, Manifest] | None = None,
-    asked: Sequence[Asked] | None = None,
+    asked: Sequence[Invocation] | None = None,
 ) -> Iterator[TrackedRun]:
     """The MLflow run of a piece of work: the same run again when an earlier attempt was cut off.
 

@@ -7,7 +7,7 @@ from datasets import image_shards, url_list
 from datasets.errors import DatasetsError
 from datasets.keys import canonical_json
 from datasets.manifest import Manifest
-from flows.asked import Asked
+from flows.invocation import Invocation
 from flows.models import asked_for
 from ldm.config import Recipe
 from ldm.errors import LdmError
@@ -76,7 +76,7 @@ def why_stale(manifests: Sequence[Manifest], *, elsewhere: Sequence[Manifest] = 
     """
     known = {manifest.digest: manifest for manifest in (*elsewhere, *manifests)}
     reasons: dict[str, str] = {}
-    recipes: dict[Asked, Recipe | str] = {}
+    recipes: dict[Invocation, Recipe | str] = {}
 
     def judge(manifest: Manifest) -> str:
         if manifest.digest not in reasons:
@@ -92,7 +92,7 @@ def why_stale(manifests: Sequence[Manifest], *, elsewhere: Sequence[Manifest] = 
     return {manifest.digest: why for manifest in manifests if (why := judge(manifest))}
 
 
-def _own_reasons(manifest: Manifest, recipes: dict[Asked, Recipe | str]) -> Iterator[str]:
+def _own_reasons(manifest: Manifest, recipes: dict[Invocation, Recipe | str]) -> Iterator[str]:
     """What is stale about an artifact itself; `recipes` keeps those read so far, or why one cannot be."""
     version = code_versions().get(manifest.stage)
     if version is None:
@@ -111,7 +111,7 @@ def _own_reasons(manifest: Manifest, recipes: dict[Asked, Recipe | str]) -> Iter
         yield f"recipe {asked.recipe} now says {differs}"
 
 
-def _read(asked: Asked) -> Recipe | str:
+def _read(asked: Invocation) -> Recipe | str:
     """A recipe as it stands now, or why it cannot be read."""
     try:
         return asked.resolve()

@@ -15,8 +15,8 @@ from datasets.errors import DatasetsError
 from datasets.keys import artifact_key
 from datasets.manifest import Manifest
 from datasets.store import Store
-from flows.asked import Asked
 from flows.attempts import Attempt, attempts, is_alive
+from flows.invocation import Invocation
 from flows.models import TRAIN_FIRST_STAGE, TRAIN_LDM, asked_for, open_tracker, stored_recipe
 from flows.preflight import planned_list
 from flows.progress import status_folder
@@ -163,7 +163,7 @@ def goes_on(attempt: Attempt) -> bool:
     return any(_leads_to(asked, attempt) for asked in attempt.asked)
 
 
-def _leads_to(asked: Asked, attempt: Attempt) -> bool:
+def _leads_to(asked: Invocation, attempt: Attempt) -> bool:
     try:
         recipe = asked.resolve()
         if attempt.stage == image_shards.STAGE:

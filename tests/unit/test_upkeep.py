@@ -15,9 +15,9 @@ from datasets import image_shards, url_list
 from datasets.errors import CorruptionError
 from datasets.manifest import Content, Manifest, Parent
 from datasets.store import Store
-from flows.asked import Asked
 from flows.attempts import Attempt, announce, attempt_here, attempts
 from flows.gc import collect_garbage, in_order, remove
+from flows.invocation import Invocation
 from flows.listing import print_artifacts
 from flows.preflight import planned_list
 from flows.progress import status_folder
@@ -32,7 +32,9 @@ CHAIN = ("url-list", "download-shards", "train-first-stage", "encode-latents", "
 LR = "training.lr=0.5"
 
 
-def stand_in(store: Store, stage: str, recipe: Recipe, asked: Asked, made: dict[str, Manifest]) -> Manifest:
+def stand_in(
+    store: Store, stage: str, recipe: Recipe, asked: Invocation, made: dict[str, Manifest]
+) -> Manifest:
     """An artifact with the key that a recipe gives it, and a file of a few bytes."""
     what, statistics, parents = what_of(stage, recipe) or {}, {}, {}
     if stage == "url-list":
@@ -56,7 +58,7 @@ def stand_in(store: Store, stage: str, recipe: Recipe, asked: Asked, made: dict[
 
 def chain(store: Store, name: str = "demo", *overrides: str) -> dict[str, Manifest]:
     """Stand-ins of a recipe's stages up to the diffusion model."""
-    asked, made = Asked.of(name, overrides), dict[str, Manifest]()
+    asked, made = Invocation.of(name, overrides), dict[str, Manifest]()
     for stage in CHAIN:
         made[stage] = stand_in(store, stage, asked.resolve(), asked, made)
     return made
@@ -253,7 +255,7 @@ def test_what_a_yaml_on_another_machine_made_stays(store: Store, own: Path) -> N
 
 def attempt_at(made: dict[str, Manifest], *, dead: bool = False, **changes: object) -> Attempt:
     """An attempt to train on the latents once more."""
-    asked = Asked.of("demo", [LR])
+    asked = Invocation.of("demo", [LR])
     inputs = {role: made[of] for role, of in STAGES["train-ldm"].inputs.items()}
     key = STAGES["train-ldm"].key(asked.resolve(), inputs)
     attempt = attempt_here("train-ldm", key, asked=[asked], inputs=inputs)
@@ -353,7 +355,7 @@ def test_a_run_that_does_not_say_what_it_reads_refuses(store: Store) -> None:
 
 
 def test_a_run_whose_recipe_is_gone_refuses(store: Store) -> None:
-    attempt = attempt_at(chain(store), asked=(Asked(recipe="/nowhere/own.yaml"),))
+    attempt = attempt_at(chain(store), asked=(Invocation(recipe="/nowhere/own.yaml"),))
     announce(store, attempt)
     with pytest.raises(UnprovenError, match=r"was asked for /nowhere/own.yaml, which cannot be read"):
         survey_of(store)

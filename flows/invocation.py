@@ -10,7 +10,7 @@ from ldm.config import Recipe
 from ldm.recipe import is_path, load_recipe
 
 
-class Asked(BaseModel):
+class Invocation(BaseModel):
     """A recipe and the values set over it; kept with what came of it, as provenance.
 
     Attributes:
@@ -24,7 +24,7 @@ class Asked(BaseModel):
     set: Annotated[tuple[str, ...], Field(default=())]
 
     @classmethod
-    def of(cls, recipe: str, overrides: Sequence[str]) -> "Asked":
+    def of(cls, recipe: str, overrides: Sequence[str]) -> "Invocation":
         """What the command line or a flow was given."""
         name = str(Path(recipe).absolute()) if is_path(recipe) else recipe
         return cls(recipe=name, set=tuple(overrides))
