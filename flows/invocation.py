@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from ldm.config import Recipe
 from ldm.recipe import is_path, load_recipe
@@ -21,7 +20,7 @@ class Invocation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: str
-    set: Annotated[tuple[str, ...], Field(default=())]
+    set: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, recipe: str, overrides: Sequence[str]) -> "Invocation":

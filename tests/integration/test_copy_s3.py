@@ -52,8 +52,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
         *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-webdav=false"),
         *("-s3.port.iceberg=0", "-admin.ui=false", *(f"-{name}={port}" for name, port in ports.items())),
     ]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=os.environ | environ, **quiet) as process:
+    silent = subprocess.DEVNULL
+    with subprocess.Popen(command, env=os.environ | environ, stdout=silent, stderr=silent) as process:
         yield environ
         process.terminate()
 
@@ -80,7 +80,7 @@ def test_a_model_is_copied_to_s3_listed_and_drawn_from(
     for _ in range(2):
         status, said, err = cli("copy", model.short, "--to", bucket, "--store", str(tiny_store))
         assert status == 0, err
-    assert "manifests alone: url-list" in said
+        assert "manifests alone: url-list" in said
     there, here = Store(bucket), Store(tiny_store)
     assert {m.stage for m in there.manifests()} == {"train-first-stage", "train-ldm"}
     assert all(there.find(m.stage, m.key) == here.find(m.stage, m.key) for m in there.manifests())
