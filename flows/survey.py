@@ -9,6 +9,7 @@ import json
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from datasets import image_shards, url_list
 from datasets.errors import DatasetsError
@@ -102,11 +103,17 @@ def require_announced(store: Store, known: Sequence[Attempt]) -> None:
             )
 
 
+@cache
+def package_recipes() -> tuple[Recipe, ...]:
+    """The recipes that come with the package."""
+    return tuple(load_recipe(name) for name in recipe_names(RECIPES))
+
+
 def known_recipes(manifests: Sequence[Manifest]) -> list[Recipe]:
     """The recipes of the package, and the YAMLs that artifacts were made by and that are still there."""
     made_by = {asked.recipe for m in manifests if (asked := asked_for(m)) and not asked.is_lost}
     own = sorted(name for name in made_by if is_path(name))
-    return [load_recipe(name) for name in (*recipe_names(RECIPES), *own)]
+    return [*package_recipes(), *(load_recipe(name) for name in own)]
 
 
 def keep_models(found: Survey, store: Store, manifests: Sequence[Manifest]) -> None:
