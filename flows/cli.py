@@ -293,10 +293,44 @@ def recipes() -> None:
 
 @commands.command(name="list")
 def list_artifacts(*, store: StoreUri = DEFAULT_STORE) -> None:
-    """List the artifacts of a store: what exists, how large it is, what it cost, what it is made of."""
+    """List the artifacts of a store: size, cost, what each is made of, which are stale and why."""
     from flows.listing import print_artifacts
 
     print_artifacts(store)
+
+
+@commands.command
+def gc(
+    *,
+    recipe: Annotated[
+        list[str] | None, Parameter(help="YAML of your own that counts as well. May be repeated.")
+    ] = None,
+    delete: Annotated[bool, Parameter(negative="", help="Remove it, and not only list it.")] = False,
+    store: StoreUri = DEFAULT_STORE,
+) -> None:
+    """List, or remove, what no alias, recipe or running attempt leads to, and abandoned work areas."""
+    from flows.gc import collect_garbage
+
+    collect_garbage(store, recipe or [], delete=delete)
+
+
+@commands.command(name="copy")
+def copy_to(
+    key: Annotated[str, Parameter(help="The first digits of a key, or the name of a registered model.")],
+    *,
+    to: Annotated[str, Parameter(help="Root of the other store: a folder or an fsspec URI.")],
+    with_parents: Annotated[
+        bool, Parameter(negative="", help="Copy the files of all it was made of, not their manifests alone.")
+    ] = False,
+    store: StoreUri = DEFAULT_STORE,
+) -> None:
+    """Copy an artifact to another store, verified on both ends, with its parents' manifests.
+
+    A diffusion model takes its first stage along. The same command again goes on, or verifies.
+    """
+    from flows.copy import copy_artifact
+
+    copy_artifact(store, key, to, with_parents=with_parents)
 
 
 @commands.command

@@ -4,8 +4,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from datasets.manifest import Manifest
 from datasets.store import Store
+from flows.invocation import Invocation
 from ldm.config import Recipe
 from ldm.errors import ModelNotFoundError, RecipeError
 from ldm.recipe import load_recipe, merge, parse_override, parse_recipe
@@ -99,6 +102,14 @@ def ancestry(store: Store, manifest: Manifest) -> dict[str, Manifest]:
 def stored_recipe(model: Manifest) -> Mapping[str, Any]:
     """The resolved recipe that a model was made by, as plain values."""
     return model.provenance.get("recipe", {})
+
+
+def asked_for(manifest: Manifest) -> Invocation | None:
+    """What the run that made an artifact was asked for; None when it does not say."""
+    try:
+        return Invocation.model_validate(manifest.provenance.get("asked"))
+    except ValidationError:
+        return None
 
 
 def recipe_of(model: Manifest, overrides: Sequence[str] = ()) -> Recipe:
