@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from ldm.diffusion_model import DiffusionModel
+    from ldm.latent_diffusion import LatentDiffusion
     from ldm.model import Autoencoder
 
 
 def load(
     folder: str | Path, *, weights: Literal["ema", "raw"] | None = None
-) -> "Autoencoder | DiffusionModel":
+) -> "Autoencoder | LatentDiffusion":
     """The model in a folder that `ldm import` wrote, ready for use on the CPU.
 
         import ldm

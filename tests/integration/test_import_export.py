@@ -120,7 +120,7 @@ def test_a_trained_first_stage_is_exported_by_its_registered_name(
         (f"export {VQ} --format compvis", r"a model folder must hold a readable model.json"),
         (
             "export first-stage-x --format compvis",
-            r"no model 'first-stage-x' in .*; known: none; train one w",
+            r"no model 'first-stage-x' in .*; known: none; make one w",
         ),
     ],
 )
