@@ -12,7 +12,11 @@ from cyclopts.validators import Number
 
 CONDITION = Group("What to draw", sort_key=1)
 EDIT = Group("Pictures to start from", sort_key=2)
-HOW = Group("How to draw", sort_key=3, help="By default as the model's recipe says.")
+HOW = Group(
+    "How to draw",
+    sort_key=3,
+    help="By default as a trained model's recipe says; for an imported one ddim, 50 steps, guidance 1.",
+)
 
 
 @Parameter(name="*", group=CONDITION)

@@ -64,7 +64,8 @@ def open_model(store: str, spec: str, changes: Mapping[str, Any], weights: Weigh
         if manifest.stage == TRAIN_LDM:
             recipe = recipe_of(manifest, [f"sampling.{name}={json.dumps(v)}" for name, v in changes.items()])
             model = load_model(opened, manifest, recipe, weights=weights)
-            return Source(model, recipe.sampling, {"recipe": recipe.name, "model": manifest.key})
+            text = {"recipe": recipe.name, "model": manifest.key, "weights": weights or "ema"}
+            return Source(model, recipe.sampling, text)
         stored = imported_model(opened, manifest)
     if isinstance(stored, StoredModel):
         raise CheckpointError(
@@ -72,7 +73,8 @@ def open_model(store: str, spec: str, changes: Mapping[str, Any], weights: Weigh
         )
     num_timesteps = stored.config.diffusion.num_timesteps
     sampling = sampling_of({"micro_batch": MICRO_BATCH, **changes}, num_timesteps=num_timesteps)
-    text = {"file": stored.origin.file, "model": stored.origin.sha256}
+    used = weights or ("ema" if stored.config.has_ema else "raw")
+    text = {"file": stored.origin.file, "model": stored.origin.sha256, "weights": used}
     return Source(latent_diffusion_of(stored, weights=weights), sampling, text)
 
 
@@ -99,7 +101,6 @@ def sample_to_files(
     inputs = inputs_of(source.model, asked, given)
     pictures = drawn(source, inputs, asked.num)
     text = dict(source.text) | {
-        "weights": weights or "ema",
         "seed": str(source.sampling.seed),
         "sampling": source.sampling.model_dump_json(),
         **edited(given),

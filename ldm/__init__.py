@@ -34,6 +34,8 @@ def load(
         eps = model.predict(x_t, t, cats)                               # x_t: (2, 3, 64, 64); t: (2,)
         pictures = model.sample(cats, steps=50, guidance=3.0, seed=0)   # (2, 3, 256, 256) in [-1, 1]
 
+    A latent diffusion model is a `ldm.latent_diffusion.LatentDiffusion`, the object `ldm sample` uses too.
+
     Args:
         folder: the model folder.
         weights: of a latent diffusion model, the moving average or those of the last training step; by

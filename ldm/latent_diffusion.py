@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditions import Condition, encode_condition, null_condition
-from ldm.config import Recipe, Sampling
-from ldm.diffusion.editing import keep_known, start_from
-from ldm.diffusion.guidance import guide, guide_by_target
-from ldm.diffusion.image_guiding import low_resolution_distance, near_target
+from ldm.config import Recipe
+from ldm.diffusion.guidance import guide
 from ldm.diffusion.objective import (
     Denoiser,
     eps_of_prediction,
@@ -23,15 +21,14 @@ from ldm.diffusion.objective import (
     vlb_weights,
     with_log_variance,
 )
-from ldm.diffusion.samplers import sample, timesteps_of
 from ldm.diffusion.schedule import Schedule, build_schedule
 from ldm.diffusion.times import NoiseSource, OnStep
-from ldm.edits import Edit, LatentEdit, latent_edit
+from ldm.edits import Edit, latent_edit
 from ldm.errors import ContractError
 from ldm.model import Autoencoder, Denoising
 from ldm.model_config import LatentDiffusionModel, model_config_of
 from ldm.models.first_stage import FirstStage, VQModel, decode_in_micro_batches
-from ldm.sampling import MICRO_BATCH, Pass, passes, rows_of, sampling_of
+from ldm.sampling import MICRO_BATCH, draw, passes, rows_of, sampling_of
 from ldm.unet_inputs import check_inputs
 
 
@@ -259,56 +256,20 @@ class LatentDiffusion:
                 rescale=sampling.guidance_rescale,
                 null=None if null is None else null.rows(part.rows),
             )
-            latents = self.sample_pass(
+            first = part.noise(shape, sampling.seed, "x_T") if start is None else start[part.rows]
+            latents = draw(
+                denoise,
                 part,
                 sampling,
-                denoise,
                 edited.rows(part.rows),
-                start=part.noise(shape, sampling.seed, "x_T") if start is None else start[part.rows],
+                start=first.to(self.device),
                 noise=noise,
+                schedule=self.schedule,
+                decode=self.decode_with_gradient,
                 on_step=None if on_step is None else partial(on_pass, on_step, number, len(parts)),
             )
             drawn.append(latents[: len(part.indices)])
         return torch.cat(drawn)
-
-    def sample_pass(
-        self,
-        part: Pass,
-        sampling: Sampling,
-        denoise: Denoiser,
-        edit: LatentEdit,
-        *,
-        start: Tensor,
-        noise: NoiseSource | None,
-        on_step: OnStep | None,
-    ) -> Tensor:
-        """The latents of one padded pass, (B, C, h, w) like what it starts from."""
-        shape, schedule = start.shape[1:], self.schedule
-
-        def keyed(purpose: str, step: int) -> Tensor:
-            return part.noise(shape, sampling.seed, purpose, step).to(self.device)
-
-        x, times = start.to(self.device), timesteps_of(sampling.sampler, schedule, sampling.steps)
-        if edit.target is not None:
-            likely = near_target(self.decode_with_gradient, edit.target, distance=low_resolution_distance)
-            denoise = guide_by_target(denoise, likely, schedule=schedule, scale=edit.target_scale)
-        if edit.x_0 is not None and edit.strength is not None:
-            x, times = start_from(edit.x_0, x, times, schedule=schedule, strength=edit.strength)
-        correct = None
-        if edit.x_0 is not None and edit.known is not None:
-            renoised = partial(keyed, "known")
-            correct = keep_known(edit.x_0, edit.known, schedule=schedule, noise=renoised)
-        return sample(
-            sampling.sampler,
-            denoise,
-            x_T=x.contiguous(memory_format=torch.channels_last),
-            schedule=schedule,
-            times=times,
-            eta=sampling.eta,
-            noise=partial(keyed, "eta") if noise is None else lambda step: noise(step)[part.rows],
-            correct=correct,
-            on_step=on_step,
-        )
 
     @torch.no_grad()
     def sample(

@@ -1,10 +1,12 @@
 """Sampling in padded passes of a fixed size, so that no picture depends on how many others are drawn.
 
-B batch; what is keyed is a function of (seed, purpose, step, index of the picture).
+B batch, C channels of the latent, h w its height and width; what is keyed is a
+function of (seed, purpose, step, index of the picture).
 """
 
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ldm.config import Sampling, require_steps
+from ldm.diffusion.editing import keep_known, start_from
+from ldm.diffusion.guidance import guide_by_target
+from ldm.diffusion.image_guiding import Decode, low_resolution_distance, near_target
+from ldm.diffusion.objective import Denoiser
+from ldm.diffusion.samplers import sample, timesteps_of
+from ldm.diffusion.schedule import Schedule
+from ldm.diffusion.times import NoiseSource, OnStep
+from ldm.edits import LatentEdit
 from ldm.errors import RecipeError
 from ldm.training.randomness import generator
 
@@ -44,6 +54,57 @@ def passes(count: int, micro_batch: int) -> list[Pass]:
     """The passes in which `count` pictures are drawn."""
     starts = range(0, count, micro_batch)
     return [Pass(range(start, min(start + micro_batch, count)), micro_batch) for start in starts]
+
+
+def draw(
+    denoise: Denoiser,
+    part: Pass,
+    sampling: Sampling,
+    edit: LatentEdit,
+    *,
+    start: Tensor,
+    noise: NoiseSource | None,
+    schedule: Schedule,
+    decode: Decode,
+    on_step: OnStep | None,
+) -> Tensor:
+    """The latents of one pass, shaped like `start`.
+
+    Args:
+        denoise: (x_t, t) -> eps, guided by the condition.
+        part: the pictures.
+        sampling: sampler, steps, eta, seed.
+        edit: pictures to change, to keep parts of, or to draw towards.
+        start: (B, C, h, w), the noise to start from.
+        noise: noise by step index for all pictures, instead of the seed's.
+        schedule: the forward process.
+        decode: scaled latents -> pictures, differentiable; for an edit's target.
+        on_step: told after each step.
+    """
+
+    def keyed(purpose: str, step: int) -> Tensor:
+        return part.noise(start.shape[1:], sampling.seed, purpose, step).to(start.device)
+
+    x, times = start, timesteps_of(sampling.sampler, schedule, sampling.steps)
+    if edit.target is not None:
+        likely = near_target(decode, edit.target, distance=low_resolution_distance)
+        denoise = guide_by_target(denoise, likely, schedule=schedule, scale=edit.target_scale)
+    if edit.x_0 is not None and edit.strength is not None:
+        x, times = start_from(edit.x_0, x, times, schedule=schedule, strength=edit.strength)
+    correct = None
+    if edit.x_0 is not None and edit.known is not None:
+        correct = keep_known(edit.x_0, edit.known, schedule=schedule, noise=partial(keyed, "known"))
+    return sample(
+        sampling.sampler,
+        denoise,
+        x_T=x.contiguous(memory_format=torch.channels_last),
+        schedule=schedule,
+        times=times,
+        eta=sampling.eta,
+        noise=partial(keyed, "eta") if noise is None else lambda step: noise(step)[part.rows],
+        correct=correct,
+        on_step=on_step,
+    )
 
 
 def sampling_of(settings: Mapping[str, Any], *, num_timesteps: int | None) -> Sampling:

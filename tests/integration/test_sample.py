@@ -71,7 +71,9 @@ def refusal(ended: tuple[int, str, str]) -> str:
 def opened(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     """Pixels of a PNG and what it says of itself."""
     with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(int), dict(image.info)
+        return np.asarray(image.convert("RGB")).astype(int), {
+            str(name): text for name, text in image.info.items()
+        }
 
 
 def single(cli: Cli, folder: Path, *arguments: str) -> list[np.ndarray]:

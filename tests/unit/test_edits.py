@@ -13,7 +13,7 @@ from ldm.errors import ContractError
 from ldm.latent_diffusion import LatentDiffusion, assemble, class_condition
 from ldm.model import build_denoising, load_first_stage
 
-FEW = {"steps": 6, "micro_batch": 2}
+FEW: dict[str, Any] = {"steps": 6, "micro_batch": 2}
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_a_prompt_gives_the_same_bits_whatever_others_are_asked_for(vq_chain: Ch
 @pytest.mark.parametrize(("other", "guidance"), [(1, 1.5), (3, 1.0), (8, 1.5)])
 def test_another_micro_batch_changes_next_to_nothing(kl_chain: Chain, other: int, guidance: float) -> None:
     model = some_model(kl_chain)
-    few = {"steps": 20, "guidance": guidance, "seed": 3}
+    few: dict[str, Any] = {"steps": 20, "guidance": guidance, "seed": 3}
     condition = class_condition(model, LABELS)
     pictures = [to_uint8(model.sample(condition, micro_batch=n, **few)).astype(int) for n in (4, other)]
     differences = abs(pictures[0] - pictures[1])
@@ -177,12 +177,13 @@ def test_every_setting_of_a_recipe_is_one_of_the_model(vq_chain: Chain) -> None:
     model = some_model(vq_chain)
     assert len(Sampling.model_fields) == 8
     assert model.sample(class_condition(model, [1]), **dict(vq_chain.recipe.sampling)).shape == (1, 3, 32, 32)
-    for wrong, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"step": 5}, r"sampling: step: Extra inputs .*; settings are sampler, steps, eta"),
         ({"sampler": "euler", "eta": 0.5}, r"eta \(0.5\) is the noise of sampler ddim"),
         ({"steps": 1000}, r"sampling.steps \(1000\) must be below diffusion.num_timesteps \(1000\)"),
         ({"micro_batch": 0}, r"micro_batch: Input should be greater than 0"),
-    ):
+    ]
+    for wrong, message in refused:
         with pytest.raises(RecipeError, match=message):
             model.sample(class_condition(model, [1]), **wrong)
 
