@@ -86,7 +86,9 @@ def draw_losses(axes: Any, history: History, facts: Facts) -> None:
 def draw_gradients(axes: Any, history: History, facts: Facts) -> None:
     """Norm of each term's gradient."""
     del facts
-    terms = sorted(name for name in history if name.startswith(GRADIENT))  # a resumed history has its own order
+    terms = sorted(
+        name for name in history if name.startswith(GRADIENT)
+    )  # a resumed history has its own order
     series = {name.removeprefix(GRADIENT): history[name] for name in terms}
     plot(axes, series, log_y=True)
 

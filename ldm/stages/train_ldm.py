@@ -132,7 +132,7 @@ def load_model(store: Store, manifest: Manifest, recipe: Recipe) -> LatentDiffus
 
 TRAIN_LDM = Stage(
     name="train-ldm",
-    code_version=1,
+    code_version=2,
     inputs={"latents": "encode-latents", "first_stage": "train-first-stage"},
     what=what,
     build=build,
