@@ -81,7 +81,8 @@ def without_zeros(unet: UNet) -> UNet:
 
 def unet_twin(unet: UNet, layout: torch.memory_format) -> nn.Module:
     """The same network and weights in diffusers."""
-    twin = diffusers.UNet2DModel.from_config(diffusers_unet_config(unet.config, sample_size=SIDE))
+    settings = diffusers_unet_config(unet.config, sample_size=SIDE)
+    twin = getattr(diffusers, settings["_class_name"]).from_config(settings)
     twin.load_state_dict(to_diffusers_unet(unet.state_dict(), unet.config))
     return twin.to(memory_format=layout)
 
@@ -125,7 +126,7 @@ class PlainLoop:
 def ddim_of_diffusers(recipe: Recipe) -> Any:
     """The recipe's schedule with DDIM over the published time steps."""
     diffusion = recipe.diffusion
-    return diffusers.DDIMScheduler(
+    return getattr(diffusers, "DDIMScheduler")(  # noqa: B009 - its stubs do not export it
         num_train_timesteps=diffusion.num_timesteps,
         beta_start=diffusion.linear_start,
         beta_end=diffusion.linear_end,
