@@ -111,7 +111,7 @@ def labelled_grid(
 
 TRAIN_LDM = Stage(
     name="train-ldm",
-    code_version=1,
+    code_version=2,
     inputs={"latents": "encode-latents", "first_stage": "train-first-stage"},
     what=what,
     build=build,
