@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from datasets.errors import ConfigError, CorruptionError
 from datasets.keys import sha256_hex
 from datasets.manifest import Content, FileRecord, Manifest
+from datasets.order import sample_order
 from datasets.samples import encode_image, encode_latent
 from datasets.shards import write_shard
 from datasets.store import Store
-from datasets.stream import SampleReader, sample_order
+from datasets.stream import SampleReader, copy_value
 
 STAGE = "download-shards"
 KEY = sha256_hex(b"key")
@@ -86,7 +87,7 @@ def test_samples_of_a_block_are_mixed_evenly() -> None:
 
 
 def test_the_order_is_the_same_in_every_version() -> None:
-    # python -c "from datasets.stream import *;
+    # python -c "from datasets.order import *;
     #   print(sample_order(7, 12, position=10, count=8, shard_sizes=(5, 4, 3), block_shards=2))"
     assert order(7, (5, 4, 3), position=10, count=8, block_shards=2) == [10, 9, 5, 10, 7, 9, 11, 8]
 
@@ -177,6 +178,15 @@ def test_latents_come_as_stored_in_float32(store, dtype) -> None:
     assert batch.keys() == {"latent", "class_label", "key"}
     assert batch["latent"].dtype == np.float32
     np.testing.assert_array_equal(batch["latent"], np.stack([latent(3), latent(1)]).astype(dtype))
+
+
+def test_every_finite_half_becomes_the_same_number() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    found = np.empty(len(halves), np.float32)
+    copy_value(found, halves)
+    assert len(halves) == 2 * 31 * 1024
+    np.testing.assert_array_equal(found.view(np.int32), halves.astype(np.float32).view(np.int32))
 
 
 def test_an_epoch_through_the_reader_holds_every_sample_once(store) -> None:
