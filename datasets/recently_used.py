@@ -35,6 +35,10 @@ class RecentlyUsed(Generic[Key, Value]):
         self._places: OrderedDict[Key, _Place[Value]] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __contains__(self, key: Key) -> bool:
+        """Whether the thing of a key is kept, or being made."""
+        return key in self._places
+
     def get(self, key: Key) -> Value:
         """Return the thing of a key, made if it is not kept."""
         with self._lock:

@@ -181,12 +181,14 @@ class SampleReader:
             )
         shards = np.searchsorted(self._ends, wanted, side="right")
         rows = wanted - self._starts[shards]
-        first = self._shards.get(int(shards[0]) if wanted.size else 0)
+        needed = np.unique(shards).tolist() or [0]
+        needed.sort(key=lambda shard: shard not in self._shards)  # before one that comes pushes it out
+        first = self._shards.get(needed[0])
         field, shape, dtype = first.layout
         values = np.empty((wanted.size, *shape), np.float32 if field == "latent" else dtype)
         labels = np.empty(wanted.size, np.int64)
         keys = [""] * wanted.size
-        for shard in dict.fromkeys(shards.tolist()):
+        for shard in needed:
             decoded = self._shards.get(shard)
             self._require_alike(first, decoded, shard)
             places = np.flatnonzero(shards == shard)

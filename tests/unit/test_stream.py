@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import datasets.order
 from datasets.errors import ConfigError, CorruptionError
 from datasets.keys import sha256_hex
 from datasets.manifest import Content, FileRecord, Manifest
-from datasets.order import sample_order
+from datasets.order import SampleOrder, sample_order
 from datasets.samples import encode_image, encode_latent
 from datasets.shards import write_shard
 from datasets.store import Store
@@ -64,6 +65,30 @@ def test_any_cutting_into_batches_gives_one_order(batches: list[int]) -> None:
         found += order(1, shard_sizes, position=position, count=count)
         position += count
     assert found == order(1, shard_sizes, position=7, count=sum(batches))
+
+
+@settings(deadline=None, max_examples=50)
+@given(seeds, sizes, blocks, st.lists(st.tuples(st.integers(0, 300), st.integers(0, 40)), max_size=9))
+def test_an_order_that_is_kept_answers_like_one_that_is_not(seed, shard_sizes, block_shards, calls) -> None:
+    kept = SampleOrder(seed, shard_sizes, block_shards=block_shards)
+    for position, count in calls:
+        found = kept.part(position, count).tolist()
+        assert found == order(seed, shard_sizes, position=position, count=count, block_shards=block_shards)
+
+
+def test_an_order_that_is_kept_draws_nothing_twice(monkeypatch) -> None:
+    drawn = []
+
+    def draw(size: int, **named) -> np.ndarray:
+        drawn.append((size, *named.values()))
+        return permutation(size, **named)
+
+    permutation = datasets.order._permutation
+    monkeypatch.setattr(datasets.order, "_permutation", draw)
+    kept = SampleOrder(0, (5,) * 12)
+    for position in range(0, 120, 3):  # two epochs of three blocks
+        kept.part(position, 3)
+    assert len(drawn) == len(set(drawn)) == 2 * (1 + 3)
 
 
 def test_seeds_and_epochs_differ() -> None:
