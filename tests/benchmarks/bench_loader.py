@@ -137,8 +137,8 @@ def test_start_up_and_resume_with_many_shards(tmp_path: Path) -> None:
         order.part(step * BATCH, BATCH)
     step_us = (time.perf_counter() - started) / 200 * 1e6
     print(
-        f"\n{MANY} shards: start {start_s:.2f} s and {above_mib:.0f} MiB above the imports, first batch after "
-        f"{batch_s:.2f} s; resume anywhere {median(resumes):.2f} s (max {max(resumes):.2f}); "
+        f"\n{MANY} shards: start {start_s:.2f} s and {above_mib:.0f} MiB above the imports, first batch "
+        f"after {batch_s:.2f} s; resume anywhere {median(resumes):.2f} s (max {max(resumes):.2f}); "
         f"order {step_us:.0f} us a step"
     )
     assert start_s < 2
