@@ -205,11 +205,7 @@ class SampleReader:
     def _decoded(self, shard: int) -> tuple[DecodedShard, int]:
         """Return a shard, verified and decoded, and the memory it takes."""
         record = self._records[shard]
-        if self._store.is_local:
-            data = self._store.read(self._manifest, record.name)
-        else:
-            data = self._store.local_file(self._manifest, record.name).read_bytes()
-        decoded = decode_shard(data, record)
+        decoded = decode_shard(self._store.read_cached(self._manifest, record.name), record)
         return decoded, decoded.num_bytes
 
     def _require_alike(self, first: DecodedShard, other: DecodedShard, shard: int) -> None:
