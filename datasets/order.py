@@ -113,7 +113,7 @@ class SampleOrder:
 
     def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return an epoch's shards in their order, and the offset at which each block ends."""
-        shards = _permutation(len(self._sizes), purpose="shards", seed=self._seed, epoch=epoch)
+        shards = permutation(len(self._sizes), purpose="shards", seed=self._seed, epoch=epoch)
         starts = np.arange(0, len(shards), self._block_shards)
         return shards, np.cumsum(np.add.reduceat(self._sizes[shards], starts))
 
@@ -125,11 +125,11 @@ class SampleOrder:
         ends, sizes = self._ends[members].tolist(), self._sizes[members].tolist()
         runs = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
         indices = np.concatenate(runs)
-        order = _permutation(len(indices), purpose="samples", seed=self._seed, epoch=epoch, block=block)
+        order = permutation(len(indices), purpose="samples", seed=self._seed, epoch=epoch, block=block)
         return indices[order]
 
 
-def _permutation(size: int, **named: int | str) -> np.ndarray:
+def permutation(size: int, **named: int | str) -> np.ndarray:
     """Return a permutation of ``range(size)`` that depends on the names alone.
 
     Philox's raw words are sorted, since numpy promises those for good, but not how ``permutation`` uses them.

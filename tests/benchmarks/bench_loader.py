@@ -170,3 +170,39 @@ def test_samples_per_second_against_webdataset(name: str, tmp_path: Path) -> Non
         f"ratio {median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f}), {NUM_SAMPLES} samples a round"
     )
     assert median(ratios) >= 3
+
+
+def entropy_bits(labels: np.ndarray) -> float:
+    """Entropy of the classes of a batch."""
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def test_quality_of_the_shuffle() -> None:
+    num_shards, num_classes, batch = 200, 100, 256
+    num_samples = num_shards * SHARD_SAMPLES
+    indices = SampleOrder(0, (SHARD_SAMPLES,) * num_shards).part(0, num_samples)
+    rng = np.random.default_rng(0)
+    ideal = rng.permutation(num_samples)
+    print(f"\n{num_samples} samples in {num_shards} shards, {num_classes} classes, batches of {batch}")
+    correlations = [
+        abs(float(np.corrcoef(np.arange(num_samples), order)[0, 1])) for order in (indices, ideal)
+    ]
+    print(
+        "  rank correlation of storage and training order: {:.4f}, perfect shuffle {:.4f}".format(
+            *correlations
+        )
+    )
+    stored = {"in any order": rng.integers(num_classes, size=num_samples)}
+    stored["sorted by class"] = np.arange(num_samples) * num_classes // num_samples
+    for name, labels in stored.items():
+        bits = [
+            float(
+                np.mean([entropy_bits(part) for part in np.array_split(labels[order], num_samples // batch)])
+            )
+            for order in (indices, ideal)
+        ]
+        print(f"  stored {name}: class entropy of a batch {bits[0]:.3f} bits, perfect shuffle {bits[1]:.3f}")
+        if name == "in any order":
+            assert bits[0] > 0.99 * bits[1]
+    assert correlations[0] < 0.3

@@ -81,10 +81,10 @@ def test_an_order_that_is_kept_draws_nothing_twice(monkeypatch) -> None:
 
     def draw(size: int, **named) -> np.ndarray:
         drawn.append((size, *named.values()))
-        return permutation(size, **named)
+        return drawn_by(size, **named)
 
-    permutation = datasets.order._permutation
-    monkeypatch.setattr(datasets.order, "_permutation", draw)
+    drawn_by = datasets.order.permutation
+    monkeypatch.setattr(datasets.order, "permutation", draw)
     kept = SampleOrder(0, (5,) * 12)
     for position in range(0, 120, 3):  # two epochs of three blocks
         kept.part(position, 3)
