@@ -31,6 +31,9 @@ _HALF_BITS = np.int32(-0x70002000)  # the sign, and the lower 15 bits of a half 
 _HALF_BIAS = np.float32(2.0**112)
 _SHARD = re.compile(r".+-\d{5,}\.tar")
 
+Layout = tuple[str, tuple[int, ...], str]
+"""Field, shape and type of a value."""
+
 Decode = Callable[[Mapping[str, Any]], tuple[np.ndarray, dict[str, Any]]]
 DECODERS: dict[str, tuple[str, Decode]] = {
     IMAGE_MEMBER: ("image", decode_image),
@@ -53,8 +56,8 @@ class DecodedShard:
         return len(self.values) * self.values[0].nbytes + self.class_label.nbytes
 
     @property
-    def layout(self) -> tuple[str, tuple[int, ...], str]:
-        """What the shards of a split have in common: field, shape and type of a value."""
+    def layout(self) -> Layout:
+        """What the shards of a split have in common."""
         return self.field, self.values[0].shape, self.values[0].dtype.str
 
 
@@ -181,16 +184,17 @@ class SampleReader:
             )
         shards = np.searchsorted(self._ends, wanted, side="right")
         rows = wanted - self._starts[shards]
-        needed = np.unique(shards).tolist() or [0]
-        needed.sort(key=lambda shard: shard not in self._shards)  # before one that comes pushes it out
-        first = self._shards.get(needed[0])
-        field, shape, dtype = first.layout
+        needed = set(shards.tolist()) or {0}
+        layout = self._shards.get(self._shards.next_of(needed)).layout
+        field, shape, dtype = layout
         values = np.empty((wanted.size, *shape), np.float32 if field == "latent" else dtype)
         labels = np.empty(wanted.size, np.int64)
         keys = [""] * wanted.size
-        for shard in needed:
+        while needed:
+            shard = self._shards.next_of(needed)
+            needed.remove(shard)
             decoded = self._shards.get(shard)
-            self._require_alike(first, decoded, shard)
+            self._require_alike(layout, decoded, shard)
             places = np.flatnonzero(shards == shard)
             labels[places] = decoded.class_label[rows[places]]
             for place, row in zip(places.tolist(), rows[places].tolist(), strict=True):
@@ -208,9 +212,9 @@ class SampleReader:
         decoded = decode_shard(self._store.read_cached(self._manifest, record.name), record)
         return decoded, decoded.num_bytes
 
-    def _require_alike(self, first: DecodedShard, other: DecodedShard, shard: int) -> None:
-        if first.layout != other.layout:
+    def _require_alike(self, layout: Layout, decoded: DecodedShard, shard: int) -> None:
+        if decoded.layout != layout:
             raise CorruptionError(
                 f"all shards of a split must hold one kind and shape, but {self._records[shard].name} holds "
-                f"{other.layout} beside {first.layout}; build their artifact again"
+                f"{decoded.layout} beside {layout}; build their artifact again"
             )
