@@ -21,13 +21,12 @@ from datasets.manifest import Manifest
 from datasets.store import Store
 from datasets.stream import SampleReader
 from flows.models import recipe_of
-from ldm.config import Sampling
 from ldm.evaluation.features import distance, kept_features
 from ldm.evaluation.sets import sample_labels
-from ldm.model import LatentDiffusion
+from ldm.latent_diffusion import LatentDiffusion, class_condition
 from ldm.pictures import curves
 from ldm.range import to_uint8
-from ldm.stages.train_ldm import load_model
+from ldm.stored_models import load_model
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(7200)]
 STEPS = (5, 10, 50)
@@ -87,7 +86,8 @@ def held_out_of(store: Store, model: Manifest) -> np.ndarray:
 def drawn(model: LatentDiffusion, sampler: str, steps: int, count: int) -> Tensor:
     """Scaled latents from the same noise and labels each time; the first ones do not depend on `count`."""
     wanted = {"sampler": sampler, "steps": steps, "guidance": 1.0, "micro_batch": MICRO_BATCH}
-    return model.sample_latents(sample_labels(len(model.classes), count), Sampling.model_validate(wanted))
+    condition = class_condition(model, sample_labels(len(model.classes), count))
+    return model.sample_latents(condition, num=count, **wanted)
 
 
 def test_fid_over_steps() -> None:
@@ -109,7 +109,11 @@ def test_fid_over_steps() -> None:
     for name in NAMES:
         for steps in STEPS:
             latents = drawn(model, name, steps, NUM_IMAGES)
-            features = features_of(to_uint8(model.decode(latents, micro_batch=MICRO_BATCH)))
+            features = features_of(
+                np.concatenate(
+                    [to_uint8(model.decode(part).clamp(-1.0, 1.0)) for part in latents.split(MICRO_BATCH)]
+                )
+            )
             fid, interval = fid_of_few(features, real), half_interval(features, real)
             if steps == STEPS[0]:
                 assert fid == pytest.approx(distance(features.numpy(), real.numpy()), rel=1e-3)

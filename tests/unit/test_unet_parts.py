@@ -100,7 +100,7 @@ def test_doubling_before_the_convolution_is_the_same_on_maps_of_every_size(heigh
     up, x = Upsample(6), torch.randn(2, 6, height, width)
     plain = up.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
     torch.testing.assert_close(up(x), plain)
-    found, expected = (torch.autograd.grad(y.square().sum(), up.parameters()) for y in (up(x), plain))
+    found, expected = (torch.autograd.grad(y.square().sum(), list(up.parameters())) for y in (up(x), plain))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
