@@ -9,6 +9,7 @@ Legend: B batch; H W height and width in pixels; C h w channels, height and widt
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,17 +44,22 @@ DECODERS: dict[str, tuple[str, Decode]] = {
 
 @dataclass(frozen=True)
 class DecodedShard:
-    """A whole shard in memory: its field, N values of one shape and type, N class labels, N keys."""
+    """A whole shard in memory: its field, N values of one shape and type, N class labels, N keys, N captions.
+
+    There are no captions unless they were asked for.
+    """
 
     field: str
     values: tuple[np.ndarray, ...]
     class_label: np.ndarray
     keys: tuple[str, ...]
+    captions: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
         """The memory it takes, its keys left out."""
-        return len(self.values) * self.values[0].nbytes + self.class_label.nbytes
+        texts = sum(map(sys.getsizeof, self.captions))
+        return len(self.values) * self.values[0].nbytes + self.class_label.nbytes + texts
 
     @property
     def layout(self) -> Layout:
@@ -74,8 +80,23 @@ def _class_label(about: Mapping[str, Any], record: FileRecord) -> int:
     return label
 
 
-def decode_shard(data: bytes, record: FileRecord) -> DecodedShard:
+def _caption(about: Mapping[str, Any], record: FileRecord) -> str:
+    """Return the caption of a sample, empty when it states none."""
+    caption = about.get("caption") or ""
+    if not isinstance(caption, str):
+        raise CorruptionError(
+            f"captions must be texts, {record.name} has {caption!r}; build its artifact again"
+        )
+    return caption
+
+
+def decode_shard(data: bytes, record: FileRecord, *, captions: bool = False) -> DecodedShard:
     """Return a shard's samples as arrays; pictures or latents is seen from its first sample's members.
+
+    Args:
+        data: The shard.
+        record: What its manifest says of it.
+        captions: Whether to keep them.
 
     Raises:
         CorruptionError: When the shard is damaged, its samples differ in kind or shape, or their number is
@@ -106,6 +127,7 @@ def decode_shard(data: bytes, record: FileRecord) -> DecodedShard:
         values=tuple(value for value, _ in decoded),
         class_label=np.array([_class_label(about, record) for _, about in decoded], np.int64),
         keys=tuple(str(sample[KEY]) for sample in samples),
+        captions=tuple(_caption(about, record) for _, about in decoded) if captions else (),
     )
 
 
@@ -136,6 +158,7 @@ class SampleReader:
         store: Where the artifact lies.
         manifest: The artifact; its shards are named ``<split>-00000.tar`` and on, and state their counts.
         split: ``"train"`` or ``"held_out"``, or whatever else the artifact holds.
+        captions: Whether to read captions too.
         cache_bytes: The bound on decoded shards; the one in use is kept even if it is larger.
 
     Raises:
@@ -143,10 +166,17 @@ class SampleReader:
     """
 
     def __init__(
-        self, store: Store, manifest: Manifest, *, split: str, cache_bytes: int = CACHE_BYTES
+        self,
+        store: Store,
+        manifest: Manifest,
+        *,
+        split: str,
+        captions: bool = False,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._store = store
         self._manifest = manifest
+        self._captions = captions
         shards = [record for record in manifest.content.files if _SHARD.fullmatch(record.name)]
         wanted = [record for record in shards if record.name.rpartition("-")[0] == split]
         self._records = sorted((record for record in wanted if record.count), key=lambda record: record.name)
@@ -170,7 +200,8 @@ class SampleReader:
 
         Returns:
             ``image`` uint8 (B, H, W, 3), or ``latent`` float32 (B, C, h, w) as it was stored, not scaled;
-            ``class_label`` int64 (B,), -1 where there is none; ``key`` list of B str.
+            ``class_label`` int64 (B,), -1 where there is none; ``key`` list of B str; ``caption`` list of B
+            str, empty where there is none, for a reader of captions.
 
         Raises:
             IndexError: When an index is not below the number of samples.
@@ -189,7 +220,7 @@ class SampleReader:
         field, shape, dtype = layout
         values = np.empty((wanted.size, *shape), np.float32 if field == "latent" else dtype)
         labels = np.empty(wanted.size, np.int64)
-        keys = [""] * wanted.size
+        keys, captions = [""] * wanted.size, [""] * wanted.size
         while needed:
             shard = self._shards.next_of(needed)
             needed.remove(shard)
@@ -200,7 +231,10 @@ class SampleReader:
             for place, row in zip(places.tolist(), rows[places].tolist(), strict=True):
                 copy_value(values[place], decoded.values[row])
                 keys[place] = decoded.keys[row]
-        return {field: values, "class_label": labels, "key": keys}
+                if self._captions:
+                    captions[place] = decoded.captions[row]
+        told = {"caption": captions} if self._captions else {}
+        return {field: values, "class_label": labels, "key": keys, **told}
 
     def in_order(self, seed: int, *, position: int, count: int) -> dict[str, Any]:
         """Return the `count` samples from `position` on of the endless seeded order, like ``fetch``."""
@@ -209,7 +243,9 @@ class SampleReader:
     def _decoded(self, shard: int) -> tuple[DecodedShard, int]:
         """Return a shard, verified and decoded, and the memory it takes."""
         record = self._records[shard]
-        decoded = decode_shard(self._store.read_cached(self._manifest, record.name), record)
+        decoded = decode_shard(
+            self._store.read_cached(self._manifest, record.name), record, captions=self._captions
+        )
         return decoded, decoded.num_bytes
 
     def _require_alike(self, layout: Layout, decoded: DecodedShard, shard: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from datasets.stream import SampleReader
 from ldm.bridge.diffusers_unet import diffusers_unet_config, to_diffusers_unet
+from ldm.conditions import Fields
 from ldm.config import Recipe
 from ldm.diffusion.guidance import guide
 from ldm.diffusion.objective import draw_timesteps
@@ -92,10 +93,10 @@ class FixedTrainee(DiffusionTrainee):
 
     fixed: Tensor
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int) -> tuple[Tensor, Fields]:
         """The batch, at every step."""
         del step
-        return self.fixed, torch.zeros(len(self.fixed), dtype=torch.int64)
+        return self.fixed, {}
 
 
 class PlainLoop:
