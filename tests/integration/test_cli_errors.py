@@ -75,7 +75,7 @@ def recipe(folder: Path, text: str, *, pictures: Sequence[tuple[str, bytes]] = (
         ("celebahq", r"--set dataset.root=/path/to/pictures.*30000.*25000 train, 5000 val"),
         (
             "layout2img-openimages256",
-            r"the kind class_label, class_vector, caption alone so far, got 'layout', .*choose another recipe",
+            r"kind class_label, class_vector, caption alone so far, got 'layout', .*choose another recipe",
         ),
         ("celebahq --set dataset.root=/nowhere", r"/nowhere does not exist.*Expected there: 30000"),
     ],
