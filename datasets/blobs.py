@@ -246,20 +246,6 @@ class RemoteBlobs:
             except FileNotFoundError:
                 return None
 
-    def fetch(self, path: str, target: Path) -> bool:
-        """Copy a path to a local file, in one step in place of what it held; return whether it existed."""
-
-        def fill(stream: IO[bytes]) -> None:
-            with self.filesystem.open(self._full(path), "rb") as origin:
-                shutil.copyfileobj(origin, stream, COPY_BYTES)
-
-        with translated(self.address(path), kinds=Exception):
-            try:
-                write_whole(target, fill, publish=os.replace)
-            except FileNotFoundError:
-                return False
-        return True
-
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of the objects directly in a folder."""
         with translated(self.address(folder), kinds=Exception):

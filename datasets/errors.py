@@ -6,6 +6,7 @@
     |-- ConfigError          an unknown name or key, or a value out of its range
     |-- MissingDataError     pictures or lists that the configuration names are not where it says
     |-- DownloadError        a list that could not be turned into enough usable pictures
+    |-- LoaderError          a worker that reads ahead ended without an answer
     `-- StoreError           the artifact store cannot be used, or refuses what it was asked to do
         |-- CorruptionError  bytes differ from the digest, count or layout recorded for them
         `-- SpaceError       too little room for what is about to be written
@@ -28,6 +29,10 @@ class MissingDataError(DatasetsError):
 
 class DownloadError(DatasetsError):
     """A list could not be turned into enough usable pictures."""
+
+
+class LoaderError(DatasetsError):
+    """A worker that reads ahead ended without an answer."""
 
 
 class StoreError(DatasetsError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import field
 from typing import Annotated, Any
 
@@ -90,8 +91,8 @@ class Content:
 
     def __post_init__(self) -> None:
         """Refuse two files of one name."""
-        names = [record.name for record in self.files]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(record.name for record in self.files)
+        twice = sorted(name for name, count in counts.items() if count > 1)
         if twice:
             message = f"file names of an artifact must be distinct, got {twice} more than once; rename one"
             raise ValueError(message)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import io
 import re
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from datasets.errors import CorruptionError
 
@@ -26,7 +27,12 @@ MODE = 0o444
 MTIME_S = 0.0
 
 _BLOCK_BYTES = 512
+_KIND = 156
+_PLAIN = b"0\0"
+_EXTENDED = ord("x")
 _KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_=+-]*")
+_MEMBER = re.compile(rb"(%s)\.(%s)" % (_KEY_PATTERN.pattern.encode(), "|".join(sorted(EXTENSIONS)).encode()))
+_TIME = re.compile(rb"\d+ mtime=\d+(\.\d+)?\n")
 _CURE = "store the shard again from its source"
 
 
@@ -102,38 +108,73 @@ def _require_writable(sample: Mapping[str, Any], seen: set[str]) -> None:
 
 
 def _members(data: bytes) -> Iterator[tuple[str, str, bytes]]:
-    """Yield (key, extension, bytes) of each member, then check that the archive ends where the data does."""
-    end = 0
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            for member in archive:
-                key, extension = _split(member)
-                content = data[member.offset_data : member.offset_data + member.size]
-                if len(content) != member.size:
-                    raise CorruptionError(
-                        f"{member.name} must have {member.size} bytes, "
-                        f"but the shard ends after {len(content)}; {_CURE}"
-                    )
-                end = member.offset_data + -(-member.size // _BLOCK_BYTES) * _BLOCK_BYTES
-                yield key, extension, content
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise CorruptionError(
-            f"a shard must be a plain tar, got {len(data)} bytes that are not ({error}); {_CURE}"
-        ) from error
-    # tarfile takes a damaged header for the end, and a cut between members too; the two zero blocks tell.
-    if len(data) < end + 2 * _BLOCK_BYTES or any(data[end:]):
+    """Yield (key, extension, bytes) of each member of a tar that has been looked at as a whole."""
+    places, end = _places(data)
+    # A damaged header may look like the end, and so does a cut between members; the two zero blocks tell.
+    if len(data) < end + 2 * _BLOCK_BYTES or data.count(0, end) != len(data) - end:
         raise CorruptionError(
             "a shard must end in zero blocks after its last member, "
             f"but is cut or damaged at byte {end} of {len(data)}; {_CURE}"
         )
+    _require_checksums(data, [offset for offset, _ in places])
+    for offset, num_bytes in places:
+        start = offset + _BLOCK_BYTES
+        if data[offset + _KIND] == _EXTENDED:
+            _require_time_alone(data[start : start + num_bytes])
+        else:
+            key, extension = _split(data[offset:start])
+            yield key, extension, data[start : start + num_bytes]
 
 
-def _split(member: tarfile.TarInfo) -> tuple[str, str]:
+def _places(data: bytes) -> tuple[list[tuple[int, int]], int]:
+    """Return (offset of the header, bytes of content) of each entry, and where the last one ends."""
+    places: list[tuple[int, int]] = []
+    offset = 0
+    while offset < len(data) and data[offset]:
+        digits = data[offset + 124 : offset + 135]
+        if len(digits) < 11 or digits.strip(b"01234567"):
+            raise CorruptionError(
+                f"a shard must be a plain tar, got {len(data)} bytes that have no header at {offset}; {_CURE}"
+            )
+        places.append((offset, int(digits, 8)))
+        offset += _BLOCK_BYTES * (1 + -(-places[-1][1] // _BLOCK_BYTES))
+    if offset > len(data):
+        raise CorruptionError(
+            f"a member must be whole, but the shard needs {offset} bytes and ends after {len(data)}; {_CURE}"
+        )
+    return places, offset
+
+
+def _require_checksums(data: bytes, offsets: list[int]) -> None:
+    """Check each header against the sum of its bytes that it states, its own field counted as spaces."""
+    blocks = np.frombuffer(data, np.uint8, len(data) // _BLOCK_BYTES * _BLOCK_BYTES)
+    headers = blocks.reshape(-1, _BLOCK_BYTES)[np.asarray(offsets, np.int64) // _BLOCK_BYTES]
+    stated = (headers[:, 148:154].astype(np.int64) - ord("0")) @ (8 ** np.arange(5, -1, -1))
+    found = headers.sum(1, dtype=np.int64) - headers[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
+    for wrong in np.flatnonzero(stated != found):
+        raise CorruptionError(
+            f"a header must have the checksum it states, {stated[wrong]}, "
+            f"but the one at byte {offsets[wrong]} has {found[wrong]}; {_CURE}"
+        )
+
+
+def _require_time_alone(records: bytes) -> None:
+    """Check that an extended header says nothing but a time: names and sizes stand in plain headers."""
+    if not _TIME.fullmatch(records):
+        raise CorruptionError(
+            f"an extended header of a shard may hold a time alone, got {records[:80]!r}; {_CURE}"
+        )
+
+
+def _split(header: bytes) -> tuple[str, str]:
     """Return key and extension of a member that may be admitted."""
-    key, _, extension = member.name.partition(".")
-    if member.type != tarfile.REGTYPE or not _KEY_PATTERN.fullmatch(key) or extension not in EXTENSIONS:
+    name = header[:100].rstrip(b"\0")
+    found = _MEMBER.fullmatch(name)
+    if found is None or header[_KIND] not in _PLAIN or header[345:500].strip(b"\0"):
         raise CorruptionError(
             f"a shard may hold plain files named key.extension with an extension of {sorted(EXTENSIONS)}, "
-            f"got {member.name!r} of type {member.type!r}; {_CURE}"
+            f"got {(header[345:500].strip(bytes(1)) + name).decode('ascii', 'replace')!r} "
+            f"of type {header[_KIND : _KIND + 1]!r}; {_CURE}"
         )
-    return key, extension
+    key, extension = found.groups()
+    return key.decode(), extension.decode()

@@ -20,13 +20,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datasets.blobs import LocalBlobs, RemoteBlobs, open_blobs
+from datasets.cache import FileCache
 from datasets.errors import CorruptionError, SpaceError, StoreError
 from datasets.keys import sha256_file, sha256_hex
 from datasets.manifest import KEY_PATTERN, NAME_PATTERN, STAGE_PATTERN, Content, FileRecord, Manifest
+from datasets.patience import patiently
 
 MANIFEST = "manifest.json"
 WORK = "work"
 DEFAULT_ROOT = "./artifacts"
+CACHE_BYTES = 64 << 30
+OUTAGE_S = 180.0
 
 _log = logging.getLogger(__name__)
 
@@ -113,12 +117,13 @@ class Store:
 
     Args:
         uri: A local path, or an fsspec URI such as ``file:///data``, ``memory://name``, ``s3://bucket/prefix``.
+        cache_bytes: The bound on what ``read_cached`` keeps on this machine of a remote store.
 
     Raises:
         StoreError: When nothing can be written there.
     """
 
-    def __init__(self, uri: str | Path = DEFAULT_ROOT) -> None:
+    def __init__(self, uri: str | Path = DEFAULT_ROOT, *, cache_bytes: int = CACHE_BYTES) -> None:
         self._blobs = open_blobs(str(uri))
         try:
             self._blobs.probe()
@@ -127,6 +132,8 @@ class Store:
                 f"the store must be writable, but {self.uri} is not ({type(error).__name__}: {error}); "
                 "make it writable or name another with --store"
             ) from error
+        folder = self.local_root / "cache" / "files"
+        self._cache = None if self.is_local else FileCache(folder, max_bytes=cache_bytes)
 
     @property
     def uri(self) -> str:
@@ -236,29 +243,25 @@ class Store:
         self._require_digest(path, record, sha256_hex(data))
         return data
 
-    def local_file(self, manifest: Manifest, name: str) -> Path:
-        """Return a path on this machine that holds an artifact's file, verified; do not write to it.
+    def read_cached(self, manifest: Manifest, name: str) -> bytes:
+        """Return the bytes of an artifact's file, verified, from this machine's cache when they are there.
 
-        A file of a remote store is fetched once into ``local_root/cache``, under its digest.
+        For files that are read again and again. Those of a remote store are kept in ``local_root/cache``, by
+        digest; a store that does not answer is asked again for ``OUTAGE_S``.
 
         Raises:
             CorruptionError: When the file is missing or does not have the digest its manifest records.
+            StoreError: When the store cannot be read for that long.
             KeyError: When the artifact has no such file.
         """
+        if self._cache is None:
+            return self.read(manifest, name)
         record = manifest.file(name)
-        path = f"{_folder(manifest.stage, manifest.key)}/{record.path}"
-        if isinstance(self._blobs, LocalBlobs):
-            local = self._blobs.root / path
-            if not local.is_file():
-                raise self._missing(path, record)
-        else:
-            local = self.local_root / "cache" / f"{record.sha256}{PurePosixPath(record.name).suffix}"
-            if local.is_file() and sha256_file(local) == record.sha256:
-                return local
-            if not self._blobs.fetch(path, local):
-                raise self._missing(path, record)
-        self._require_digest(path, record, sha256_file(local))
-        return local
+        data = self._cache.read(record.sha256)
+        if data is None:
+            data = patiently(lambda: self.read(manifest, name), for_s=OUTAGE_S)
+            self._cache.keep(record.sha256, data)
+        return data
 
     def manifests(self, stage: str | None = None) -> list[Manifest]:
         """Return all committed artifacts, of one stage or of all, sorted by stage and key.

@@ -1,4 +1,4 @@
-"""From an artifact of shards to batches, in an order that is a pure function of seed and position.
+"""From an artifact of shards to batches, by index or in the order of a seed.
 
 A reader's state is one integer, the position in the order: nothing else has to be saved to continue, with any
 number of ranks and workers.
@@ -9,23 +9,27 @@ Legend: B batch; H W height and width in pixels; C h w channels, height and widt
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from datasets.errors import ConfigError, CorruptionError
-from datasets.keys import canonical_json, sha256_hex
 from datasets.manifest import FileRecord, Manifest
+from datasets.order import SampleOrder
+from datasets.recently_used import RecentlyUsed
 from datasets.samples import IMAGE_MEMBER, LATENT_MEMBER, decode_image, decode_latent
 from datasets.shards import KEY, read_shard
 from datasets.store import Store
 
 UNLABELLED = -1
 CACHE_BYTES = 1 << 30
+
+_HALF_BITS = np.int32(-0x70002000)  # the sign, and the lower 15 bits of a half 13 places further up
+_HALF_BIAS = np.float32(2.0**112)
+_SHARD = re.compile(r".+-\d{5,}\.tar")
 
 Decode = Callable[[Mapping[str, Any]], tuple[np.ndarray, dict[str, Any]]]
 DECODERS: dict[str, tuple[str, Decode]] = {
@@ -34,98 +38,24 @@ DECODERS: dict[str, tuple[str, Decode]] = {
 }
 
 
-def sample_order(
-    seed: int,
-    num_samples: int,
-    *,
-    position: int,
-    count: int,
-    shard_sizes: Sequence[int],
-    block_shards: int = 4,
-) -> np.ndarray:
-    """Return ``count`` sample indices from a position on, of an endless order of exact epochs.
-
-    In each epoch the shards are permuted and cut into blocks, and the samples of each block are permuted: a
-    shuffle that needs ``block_shards`` decoded shards at a time, give or take one block's border.
-
-    Args:
-        seed: Names the order.
-        num_samples: Samples in all, the sum of ``shard_sizes``.
-        position: Samples before the first one returned, 0 or more, over all epochs.
-        count: How many to return; they may span epochs.
-        shard_sizes: Samples in each shard; shard 0 holds the first indices, and so on.
-        block_shards: Shards per block.
-
-    Returns:
-        int64 (count,) indices below ``num_samples``.
-
-    Raises:
-        ValueError: When a number is out of range or the sizes do not sum to ``num_samples``.
-    """
-    if num_samples < 1 or sum(shard_sizes) != num_samples or min(shard_sizes) < 0:
-        raise ValueError(
-            f"num_samples ({num_samples}) must be at least 1 and the sum of shard_sizes "
-            f"({sum(shard_sizes)}); take both from one reader"
-        )
-    if position < 0 or count < 0 or block_shards < 1:
-        raise ValueError(
-            "position and count must be 0 or more and block_shards 1 or more, "
-            f"got {position}, {count} and {block_shards}; correct the call"
-        )
-    parts: list[np.ndarray] = []
-    while count > 0:
-        epoch, start = divmod(position, num_samples)
-        stop = min(start + count, num_samples)
-        parts += _epoch_part(
-            int(seed), epoch, start=start, stop=stop, shard_sizes=shard_sizes, block_shards=block_shards
-        )
-        position += stop - start
-        count -= stop - start
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-
-def _permutation(size: int, **named: int | str) -> np.ndarray:
-    """Return a permutation of ``range(size)`` that depends on the names alone.
-
-    Philox's raw words are sorted, since numpy promises those for good, but not how ``permutation`` uses them.
-    """
-    key = int(sha256_hex(canonical_json(named))[:32], 16)
-    return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
-
-
-def _epoch_part(
-    seed: int, epoch: int, *, start: int, stop: int, shard_sizes: Sequence[int], block_shards: int
-) -> list[np.ndarray]:
-    """Return the pieces, block by block, of one epoch's order between two offsets."""
-    ends = list(accumulate(shard_sizes))
-    shards = _permutation(len(ends), purpose="shards", seed=seed, epoch=epoch).tolist()
-    pieces: list[np.ndarray] = []
-    block_start = 0
-    for block, begin in enumerate(range(0, len(shards), block_shards)):
-        members = shards[begin : begin + block_shards]
-        block_stop = block_start + sum(shard_sizes[shard] for shard in members)
-        if block_start < stop and block_stop > start:
-            runs = [np.arange(ends[shard] - shard_sizes[shard], ends[shard]) for shard in members]
-            indices = np.concatenate(runs)
-            order = _permutation(len(indices), purpose="samples", seed=seed, epoch=epoch, block=block)
-            pieces.append(indices[order][max(start - block_start, 0) : stop - block_start])
-        block_start = block_stop
-    return pieces
-
-
 @dataclass(frozen=True)
 class DecodedShard:
-    """A whole shard in memory: its field's name and values (N, ...), class labels (N,) and N keys."""
+    """A whole shard in memory: its field, N values of one shape and type, N class labels, N keys."""
 
     field: str
-    values: np.ndarray
+    values: tuple[np.ndarray, ...]
     class_label: np.ndarray
     keys: tuple[str, ...]
 
     @property
     def num_bytes(self) -> int:
         """The memory it takes, its keys left out."""
-        return self.values.nbytes + self.class_label.nbytes
+        return len(self.values) * self.values[0].nbytes + self.class_label.nbytes
+
+    @property
+    def layout(self) -> tuple[str, tuple[int, ...], str]:
+        """What the shards of a split have in common: field, shape and type of a value."""
+        return self.field, self.values[0].shape, self.values[0].dtype.str
 
 
 def _class_label(about: Mapping[str, Any], record: FileRecord) -> int:
@@ -170,16 +100,34 @@ def decode_shard(data: bytes, record: FileRecord) -> DecodedShard:
         )
     return DecodedShard(
         field=field,
-        values=np.stack([value for value, _ in decoded]),
+        values=tuple(value for value, _ in decoded),
         class_label=np.array([_class_label(about, record) for _, about in decoded], np.int64),
         keys=tuple(str(sample[KEY]) for sample in samples),
     )
 
 
-class SampleReader:
-    """The samples of one split of an artifact of image or latent shards, by index; one reader per thread.
+def copy_value(target: np.ndarray, value: np.ndarray) -> None:
+    """Copy a stored value into its place in a batch; finite halves become float32 on the way.
 
-    Shards are verified and decoded whole, and kept in memory, the most recently used first, within a bound.
+    numpy turns halves into floats one by one. Shifting a half's exponent and fraction to where a float32
+    has them leaves a number that is 2^112 times too small, since the biases are 15 and 127; the product is
+    exact, also for halves below the normal ones.
+    """
+    if value.dtype != np.float16:
+        target[...] = value
+        return
+    bits = target.view(np.int32)
+    bits[...] = value.view(np.int16)
+    bits <<= 13
+    bits &= _HALF_BITS
+    target *= _HALF_BIAS
+
+
+class SampleReader:
+    """The samples of one split of an artifact of image or latent shards, by index; threads may share it.
+
+    Shards are verified and decoded whole, each by one thread, and kept in memory, the most recently used
+    first, within a bound.
 
     Args:
         store: Where the artifact lies.
@@ -196,9 +144,7 @@ class SampleReader:
     ) -> None:
         self._store = store
         self._manifest = manifest
-        self._cache_bytes = cache_bytes
-        self._decoded: OrderedDict[int, DecodedShard] = OrderedDict()
-        shards = [record for record in manifest.content.files if re.fullmatch(r".+-\d{5,}\.tar", record.name)]
+        shards = [record for record in manifest.content.files if _SHARD.fullmatch(record.name)]
         wanted = [record for record in shards if record.name.rpartition("-")[0] == split]
         self._records = sorted((record for record in wanted if record.count), key=lambda record: record.name)
         if not self._records:
@@ -207,12 +153,11 @@ class SampleReader:
                 f"split must name samples of {manifest.stage} {manifest.short}, which has {splits}, "
                 f"got {split!r}; choose one of them, or build an artifact that has it"
             )
+        self.shard_sizes = tuple(record.count or 0 for record in self._records)
         self._ends = np.cumsum(self.shard_sizes)
-
-    @property
-    def shard_sizes(self) -> tuple[int, ...]:
-        """Samples in each shard, as ``sample_order`` takes them."""
-        return tuple(record.count or 0 for record in self._records)
+        self._starts = self._ends - np.asarray(self.shard_sizes, np.int64)
+        self._shards = RecentlyUsed(self._decoded, max_bytes=cache_bytes)
+        self._order = lru_cache(maxsize=2)(lambda seed: SampleOrder(seed, self.shard_sizes))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -235,53 +180,37 @@ class SampleReader:
                 "draw them with sample_order and this reader's shard_sizes"
             )
         shards = np.searchsorted(self._ends, wanted, side="right")
-        rows = wanted - (self._ends[shards] - np.asarray(self.shard_sizes)[shards])
-        first = self._shard(int(shards[0]) if wanted.size else 0)
-        values = np.empty((wanted.size, *first.values.shape[1:]), first.values.dtype)
+        rows = wanted - self._starts[shards]
+        needed = np.unique(shards).tolist() or [0]
+        needed.sort(key=lambda shard: shard not in self._shards)  # before one that comes pushes it out
+        first = self._shards.get(needed[0])
+        field, shape, dtype = first.layout
+        values = np.empty((wanted.size, *shape), np.float32 if field == "latent" else dtype)
         labels = np.empty(wanted.size, np.int64)
         keys = [""] * wanted.size
-        for shard in dict.fromkeys(shards.tolist()):
-            decoded = self._shard(shard)
+        for shard in needed:
+            decoded = self._shards.get(shard)
             self._require_alike(first, decoded, shard)
             places = np.flatnonzero(shards == shard)
-            values[places] = decoded.values[rows[places]]
             labels[places] = decoded.class_label[rows[places]]
-            for place in places:
-                keys[place] = decoded.keys[rows[place]]
-        if first.field == "latent":
-            values = values.astype(np.float32, copy=False)
-        return {first.field: values, "class_label": labels, "key": keys}
+            for place, row in zip(places.tolist(), rows[places].tolist(), strict=True):
+                copy_value(values[place], decoded.values[row])
+                keys[place] = decoded.keys[row]
+        return {field: values, "class_label": labels, "key": keys}
 
     def in_order(self, seed: int, *, position: int, count: int) -> dict[str, Any]:
         """Return the `count` samples from `position` on of the endless seeded order, like ``fetch``."""
-        order = sample_order(seed, len(self), position=position, count=count, shard_sizes=self.shard_sizes)
-        return self.fetch(order)
+        return self.fetch(self._order(seed).part(position, count))
 
-    def _shard(self, shard: int) -> DecodedShard:
-        """Return a decoded shard, from memory if it is there."""
-        if shard in self._decoded:
-            self._decoded.move_to_end(shard)
-            return self._decoded[shard]
+    def _decoded(self, shard: int) -> tuple[DecodedShard, int]:
+        """Return a shard, verified and decoded, and the memory it takes."""
         record = self._records[shard]
-        if self._store.is_local:
-            data = self._store.read(self._manifest, record.name)
-        else:
-            data = self._store.local_file(self._manifest, record.name).read_bytes()
-        decoded = decode_shard(data, record)
-        self._decoded[shard] = decoded
-        held_bytes = sum(held.num_bytes for held in self._decoded.values())
-        while held_bytes > self._cache_bytes and len(self._decoded) > 1:
-            held_bytes -= self._decoded.popitem(last=False)[1].num_bytes
-        return decoded
+        decoded = decode_shard(self._store.read_cached(self._manifest, record.name), record)
+        return decoded, decoded.num_bytes
 
     def _require_alike(self, first: DecodedShard, other: DecodedShard, shard: int) -> None:
-        if (first.field, first.values.shape[1:], first.values.dtype) != (
-            other.field,
-            other.values.shape[1:],
-            other.values.dtype,
-        ):
+        if first.layout != other.layout:
             raise CorruptionError(
                 f"all shards of a split must hold one kind and shape, but {self._records[shard].name} holds "
-                f"{other.field} {other.values.shape[1:]} beside {first.field} {first.values.shape[1:]}; "
-                "build their artifact again"
+                f"{other.layout} beside {first.layout}; build their artifact again"
             )

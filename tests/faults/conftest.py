@@ -1,14 +1,23 @@
-"""What tests of checkpoints from outside share: a zip as torch.save lays it out, and a reader that judges."""
+"""What these tests share: checkpoints from outside with a reader that judges, and a real S3 server."""
 
 from __future__ import annotations
 
 import io
+import os
+import shutil
+import socket
 import struct
+import subprocess
+import sys
+import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import fsspec
 import pytest
+from fsspec.config import conf
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,3 +88,84 @@ def refusal(tmp_path: Path) -> Refusal:
         return message
 
     return read
+
+
+class S3Server:
+    """SeaweedFS on the loopback interface, one process; what it holds survives a kill."""
+
+    BUCKET, KEY, SECRET = "ldm", "ldmaccess", "ldmsecret"
+    PORTS = ("master.port", "volume.port", "filer.port", "s3.port", "admin.port")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ports = dict(zip(self.PORTS, free_ports(len(self.PORTS)), strict=True))
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What fsspec needs to find it."""
+        return {
+            "key": self.KEY,
+            "secret": self.SECRET,
+            "endpoint_url": f"http://127.0.0.1:{self.ports['s3.port']}",
+            "client_kwargs": {"region_name": "us-east-1"},
+            "config_kwargs": {"s3": {"addressing_style": "path"}},
+        }
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        assert weed is not None, "SeaweedFS is missing; `make setup` installs it"
+        arguments = [f"-{name}={port}" for name, port in self.ports.items()]
+        arguments += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.port.iceberg=0", "-webdav=false"]
+        arguments += ["-master.telemetry=false", "-admin.ui=false", f"-dir={self.folder}"]
+        self.process = subprocess.Popen(
+            [weed, "-logtostderr", "mini", *arguments, f"-bucket={self.BUCKET}"],
+            env={**os.environ, "AWS_ACCESS_KEY_ID": self.KEY, "AWS_SECRET_ACCESS_KEY": self.SECRET},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        filesystem = fsspec.filesystem("s3", skip_instance_cache=True, **self.options)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                filesystem.pipe_file(f"{self.BUCKET}/ready", b"ready")
+            except Exception:
+                time.sleep(0.2)
+            else:
+                return
+        pytest.fail("the S3 server did not answer within a minute")
+
+    def kill(self) -> None:
+        """End it without a warning."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, nor on those 10,000 above, where SeaweedFS talks to itself."""
+    found: list[int] = []
+    for port in range(20_000 + os.getpid() % 5000, 50_000):
+        if len(found) == count:
+            break
+        if all(is_free(place) for place in (port, port + 10_000)):
+            found.append(port)
+    return found
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.fixture
+def s3_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """A running server that stores at ``s3://ldm/...`` find without being told."""
+    server = S3Server(tmp_path / "seaweed")
+    server.folder.mkdir()
+    monkeypatch.setitem(conf, "s3", server.options)
+    server.start()
+    yield server
+    server.kill()

@@ -223,7 +223,7 @@ def test_damage_to_a_file_is_seen_by_every_reader_and_by_who_writes_it_again(tmp
     expected = f"{record.path} must have sha256 {record.sha256}, but has {sha256_hex(damaged)}"
     for attempt in (
         lambda: store.read(manifest, record.name),
-        lambda: store.local_file(manifest, record.name),
+        lambda: store.read_cached(manifest, record.name),
         lambda: store.put(STAGE, key_of(0), record.name, data_of(0, 1)),
     ):
         with pytest.raises(CorruptionError, match=expected):
@@ -237,7 +237,7 @@ def test_a_file_that_is_gone_is_told_by_name(tmp_path) -> None:
     manifest = make_artifact(store, 0)
     record = manifest.file("train-00001.tar")
     (tmp_path / STAGE / key_of(0)[:16] / record.path).unlink()
-    for read in (store.read, store.local_file):
+    for read in (store.read, store.read_cached):
         with pytest.raises(CorruptionError, match=rf"promises train-00001\.tar at .*{record.path}.*nothing"):
             read(manifest, record.name)
 

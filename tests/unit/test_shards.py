@@ -106,6 +106,58 @@ def test_a_damaged_header_is_refused_and_not_taken_for_the_end() -> None:
             list(read_shard(damaged))
 
 
+def header_bits() -> list[int]:
+    """The place of each bit of the headers of a shard of one sample."""
+    with tarfile.open(fileobj=io.BytesIO(write_shard(SAMPLES[1:2]))) as archive:
+        headers = [place for member in archive for place in range(member.offset, member.offset_data)]
+    return [8 * place + bit for place in headers for bit in range(8)]
+
+
+def test_no_flipped_bit_of_a_header_changes_what_is_read() -> None:
+    shard, refused = write_shard(SAMPLES[1:2]), 0
+    bits = header_bits()
+    for place in bits:
+        damaged = bytearray(shard)
+        damaged[place // 8] ^= 1 << place % 8
+        try:
+            assert list(read_shard(bytes(damaged))) == SAMPLES[1:2]
+        except CorruptionError:
+            refused += 1
+    assert refused > 0.4 * len(bits)
+
+
+@pytest.mark.parametrize(
+    "size", [b"-0000000001", b"0o000000017", b" 1234567890", b"\x80" + bytes(10), b"9" * 11]
+)
+def test_a_size_that_is_not_eleven_octal_digits_is_refused(size: bytes) -> None:
+    shard = bytearray(tar_of(("x.png", b"data")))
+    shard[124:135] = size
+    shard[148:156] = b" " * 8
+    shard[148:156] = b"%06o\0 " % sum(shard[:512])
+    with pytest.raises(CorruptionError, match="have no header at 0"):
+        list(read_shard(bytes(shard)))
+
+
+def test_a_size_beyond_the_shard_is_refused() -> None:
+    shard = bytearray(tar_of(("x.png", b"data")))
+    shard[124:135] = b"77777777777"
+    with pytest.raises(CorruptionError, match="needs 8589935104 bytes and ends after"):
+        list(read_shard(bytes(shard)))
+
+
+@pytest.mark.parametrize("records", [{"path": "y.png"}, {"size": "3"}, {"mtime": "1", "path": "../y.png"}])
+def test_extended_headers_that_say_more_than_a_time_are_refused(records: dict[str, str]) -> None:
+    with pytest.raises(CorruptionError, match="may hold a time alone"):
+        list(read_shard(tar_of(("x.png", b"data"), pax_headers=records)))
+
+
+def test_a_folder_in_the_prefix_is_refused() -> None:
+    name = "a" * 90 + "/" + "b" * 90 + ".png"
+    info = tarfile.TarInfo(name)
+    with pytest.raises(CorruptionError, match="may hold plain files"):
+        list(read_shard(info.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)))
+
+
 def test_bytes_after_the_end_are_refused() -> None:
     with pytest.raises(CorruptionError, match="zero blocks after its last member"):
         list(read_shard(write_shard(SAMPLES) + b"x"))
@@ -176,6 +228,35 @@ def test_a_latent_survives_its_sample_bit_for_bit(dtype: str) -> None:
     assert stored.dtype == np.dtype(dtype).newbyteorder("<")
     np.testing.assert_array_equal(stored, latent.transpose(0, 2, 1))
     assert about == {}
+
+
+HOSTILE_NPY = {
+    "an object": b"{'descr': '|O', 'fortran_order': False, 'shape': (1, 1, 2), }",
+    "another type": b"{'descr': '<f8', 'fortran_order': False, 'shape': (1, 1, 1), }",
+    "another byte order": b"{'descr': '>f4', 'fortran_order': False, 'shape': (1, 1, 2), }",
+    "another order": b"{'descr': '<f4', 'fortran_order': True, 'shape': (1, 1, 2), }",
+    "huge": b"{'descr': '<f4', 'fortran_order': False, 'shape': (999999999, 999999999, 999999999), }",
+    "too large": b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1, 3), }",
+    "too small": b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1, 1), }",
+    "negative": b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1, -1, 2), }",
+    "two axes": b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2), }",
+    "code": b"__import__('os').system('true')",
+    "nested": b"(" * 5000,
+}
+
+
+@pytest.mark.parametrize("header", HOSTILE_NPY.values(), ids=HOSTILE_NPY.keys())
+def test_an_npy_that_is_no_latent_is_refused(header: bytes) -> None:
+    data = b"\x93NUMPY\x01\0" + (len(header) + 1).to_bytes(2, "little") + header + b"\n" + bytes(8)
+    with pytest.raises(CorruptionError, match="latent a must be a plain npy"):
+        decode_latent({"__key__": "a", "npy": data, "json": b"{}"})
+
+
+@pytest.mark.parametrize("cut", range(0, 150, 7))
+def test_a_cut_npy_is_refused(cut: int) -> None:
+    sample = encode_latent("a", np.ones((1, 3, 2), np.float32), about={})
+    with pytest.raises(CorruptionError, match="latent a must be a plain npy"):
+        decode_latent(sample | {"npy": sample["npy"][:cut]})
 
 
 def test_samples_of_equal_values_are_equal_bytes() -> None:

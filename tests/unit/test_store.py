@@ -46,7 +46,7 @@ def test_what_is_committed_is_found_and_read_back(store: Store) -> None:
     manifest = committed(store)
     assert store.find(STAGE, KEY) == manifest
     assert store.read(manifest, "train-00000.tar") == b"data"
-    assert store.local_file(manifest, "train-00000.tar").read_bytes() == b"data"
+    assert store.read_cached(manifest, "train-00000.tar") == b"data"
     assert manifest.file("train-00000.tar").count == 2
 
 
@@ -182,12 +182,24 @@ def test_a_remote_file_is_fetched_once_and_again_when_its_copy_is_damaged(tmp_pa
     monkeypatch.chdir(tmp_path)
     store = Store(f"memory://{uuid.uuid4().hex}")
     manifest = committed(store)
-    path = store.local_file(manifest, "train-00000.tar")
-    assert path.is_relative_to(tmp_path / "artifacts" / "cache")
-    fetched_at = path.stat().st_mtime_ns
-    assert store.local_file(manifest, "train-00000.tar").stat().st_mtime_ns == fetched_at
-    path.write_bytes(b"dbta")
-    assert store.local_file(manifest, "train-00000.tar").read_bytes() == b"data"
+    asked = []
+    read = Store.read
+    monkeypatch.setattr(Store, "read", lambda *args: asked.append(args) or read(*args))
+    assert [store.read_cached(manifest, "train-00000.tar") for _ in range(3)] == [b"data"] * 3
+    assert len(asked) == 1
+    [copy] = (tmp_path / "artifacts" / "cache" / "files").iterdir()
+    copy.write_bytes(b"dbta")
+    assert store.read_cached(manifest, "train-00000.tar") == b"data"
+    assert (len(asked), copy.read_bytes()) == (2, b"data")
+
+
+def test_the_cache_of_a_remote_store_is_bounded_and_a_local_store_has_none(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    remote = Store(f"memory://{uuid.uuid4().hex}", cache_bytes=3)
+    assert remote.read_cached(committed(remote), "train-00000.tar") == b"data"
+    local = Store("here")
+    assert local.read_cached(committed(local), "train-00000.tar") == b"data"
+    assert not list(tmp_path.rglob("cache"))
 
 
 def test_only_a_local_store_has_a_folder(tmp_path, monkeypatch) -> None:

@@ -7,13 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import datasets.order
 from datasets.errors import ConfigError, CorruptionError
 from datasets.keys import sha256_hex
 from datasets.manifest import Content, FileRecord, Manifest
+from datasets.order import SampleOrder, sample_order
 from datasets.samples import encode_image, encode_latent
 from datasets.shards import write_shard
 from datasets.store import Store
-from datasets.stream import SampleReader, sample_order
+from datasets.stream import SampleReader, copy_value
 
 STAGE = "download-shards"
 KEY = sha256_hex(b"key")
@@ -65,6 +67,30 @@ def test_any_cutting_into_batches_gives_one_order(batches: list[int]) -> None:
     assert found == order(1, shard_sizes, position=7, count=sum(batches))
 
 
+@settings(deadline=None, max_examples=50)
+@given(seeds, sizes, blocks, st.lists(st.tuples(st.integers(0, 300), st.integers(0, 40)), max_size=9))
+def test_an_order_that_is_kept_answers_like_one_that_is_not(seed, shard_sizes, block_shards, calls) -> None:
+    kept = SampleOrder(seed, shard_sizes, block_shards=block_shards)
+    for position, count in calls:
+        found = kept.part(position, count).tolist()
+        assert found == order(seed, shard_sizes, position=position, count=count, block_shards=block_shards)
+
+
+def test_an_order_that_is_kept_draws_nothing_twice(monkeypatch) -> None:
+    drawn = []
+
+    def draw(size: int, **named) -> np.ndarray:
+        drawn.append((size, *named.values()))
+        return drawn_by(size, **named)
+
+    drawn_by = datasets.order.permutation
+    monkeypatch.setattr(datasets.order, "permutation", draw)
+    kept = SampleOrder(0, (5,) * 12)
+    for position in range(0, 120, 3):  # two epochs of three blocks
+        kept.part(position, 3)
+    assert len(drawn) == len(set(drawn)) == 2 * (1 + 3)
+
+
 def test_seeds_and_epochs_differ() -> None:
     shard_sizes = (50,) * 6
     epochs = [order(seed, shard_sizes, position=300 * e, count=300) for seed in (0, 1) for e in (0, 1)]
@@ -86,7 +112,7 @@ def test_samples_of_a_block_are_mixed_evenly() -> None:
 
 
 def test_the_order_is_the_same_in_every_version() -> None:
-    # python -c "from datasets.stream import *;
+    # python -c "from datasets.order import *;
     #   print(sample_order(7, 12, position=10, count=8, shard_sizes=(5, 4, 3), block_shards=2))"
     assert order(7, (5, 4, 3), position=10, count=8, block_shards=2) == [10, 9, 5, 10, 7, 9, 11, 8]
 
@@ -177,6 +203,15 @@ def test_latents_come_as_stored_in_float32(store, dtype) -> None:
     assert batch.keys() == {"latent", "class_label", "key"}
     assert batch["latent"].dtype == np.float32
     np.testing.assert_array_equal(batch["latent"], np.stack([latent(3), latent(1)]).astype(dtype))
+
+
+def test_every_finite_half_becomes_the_same_number() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    found = np.empty(len(halves), np.float32)
+    copy_value(found, halves)
+    assert len(halves) == 2 * 31 * 1024
+    np.testing.assert_array_equal(found.view(np.int32), halves.astype(np.float32).view(np.int32))
 
 
 def test_an_epoch_through_the_reader_holds_every_sample_once(store) -> None:
