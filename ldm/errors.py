@@ -6,6 +6,7 @@
     |-- CheckpointError     a foreign checkpoint is damaged, hostile, or does not fit its config
     |-- WeightsError        packaged weights are missing or are not the bytes expected
     |-- TrainingError       a run cannot go on (loss not finite too often, a checkpoint of another recipe)
+    |-- WorkerError         processes of a run ended before their work was done
     `-- ModelNotFoundError  no finished model has the name or the key asked for
 
 Every message says the rule, what was received and what to do about it.
@@ -35,6 +36,10 @@ class WeightsError(LdmError):
 
 class TrainingError(LdmError):
     """Training had to stop before its end."""
+
+
+class WorkerError(LdmError):
+    """Processes of a run ended before their work was done."""
 
 
 class ModelNotFoundError(LdmError):

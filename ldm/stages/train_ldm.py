@@ -56,7 +56,8 @@ def build(job: Job) -> Result:
     contract = check_contract(latents, recipe, job.inputs["first_stage"])
     first_stage = load_first_stage(job.store, job.inputs["first_stage"])
     reader = SampleReader(job.store, latents, split="train")
-    first = reader.fetch(range(min(MOMENT_SAMPLES, len(reader))))["latent"]
+    count = min(MOMENT_SAMPLES, len(reader))
+    first = reader.in_order(recipe.training.seed, position=0, count=count)["latent"]
     check_moments(torch.from_numpy(first), first_stage, contract)
     classes = latents.content.statistics["classes"] if recipe.conditioning else []
 
