@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -166,6 +167,19 @@ class LocalBlobs:
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
+    def digest(self, path: str) -> str | None:
+        """Return the SHA-256 of what a path holds, in constant memory, or None when it does not exist."""
+        with translated(self.address(path)):
+            try:
+                return sha256_file(self.root / path)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def num_bytes(self, folder: str) -> int:
+        """Return the size of all files below a folder, 0 when it does not exist."""
+        with translated(self.address(folder)):
+            return sum(found.lstat().st_size for found in (self.root / folder).rglob("*") if found.is_file())
+
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of the files directly in a folder; temporary ones are left out."""
         with translated(self.address(folder)):
@@ -188,6 +202,13 @@ class LocalBlobs:
         """Remove a folder and all in it, if it exists."""
         with translated(self.address(folder)):
             shutil.rmtree(self.root / folder, onerror=_unless_shared)
+
+    def discard(self, folder: str) -> None:
+        """Remove a folder so that nobody sees a part of it: it gets another name first."""
+        aside = (self.root / folder).with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+        with translated(self.address(folder)), contextlib.suppress(FileNotFoundError):
+            (self.root / folder).rename(aside)
+            shutil.rmtree(aside)
 
     def sweep(self, folder: str) -> None:
         """Remove the temporary files of killed writers, recognised by an hour without a write."""
@@ -263,6 +284,20 @@ class RemoteBlobs:
         names = (entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
         return sorted(name for name in names if name)  # some stores list the folder itself, as "folder/"
 
+    def digest(self, path: str) -> str | None:
+        """Return the SHA-256 of what a path holds, in constant memory, or None when it does not exist."""
+        with translated(self.address(path), kinds=Exception):
+            try:
+                with self.filesystem.open(self._full(path), "rb") as stream:
+                    return hashlib.file_digest(stream, "sha256").hexdigest()
+            except FileNotFoundError:
+                return None
+
+    def num_bytes(self, folder: str) -> int:
+        """Return the size of all objects below a folder, 0 when there are none."""
+        with translated(self.address(folder), kinds=Exception):
+            return int(self.filesystem.du(self._full(folder)))
+
     def match(self, pattern: str) -> list[str]:
         """Return the sorted paths that match a glob pattern."""
         with translated(self.address(pattern), kinds=Exception):
@@ -278,6 +313,10 @@ class RemoteBlobs:
         """Remove a folder and all in it, if it exists."""
         with translated(self.address(folder), kinds=Exception), contextlib.suppress(FileNotFoundError):
             self.filesystem.rm(self._full(folder), recursive=True)
+
+    def discard(self, folder: str) -> None:
+        """Remove a folder; object by object, as an object store cannot rename one."""
+        self.remove_folder(folder)
 
     def sweep(self, folder: str) -> None:
         """Do nothing: an object store shows no half-written object."""

@@ -1,4 +1,4 @@
-"""Shares out parts of a piece of work among the processes of a machine, by locks that end with their owner."""
+"""Parts of a piece of work, shared out among processes of a machine by locks that end with their owner."""
 
 from __future__ import annotations
 

@@ -5,9 +5,11 @@ Layout below the root, the same in a folder and in a bucket::
     <stage>/<first 16 digits of the key>/<stem>-<first 12 digits of the sha256><suffix>
     <stage>/<first 16 digits of the key>/manifest.json
     work/<stage>/<first 16 digits of the key>/<name>    what attempts keep to continue; not an artifact
+    lineage/<stage>/<first 16 digits of the key>.json   manifest of an artifact that lies in another store
 
 Nothing is overwritten and readers believe manifests alone: a file that no manifest names does not exist. So a
 writer may be killed at any moment and started again, and two writers of one key end with one artifact.
+What is removed loses its manifest first, so that a kill leaves an artifact or none (decision 0014).
 """
 
 from __future__ import annotations
@@ -19,43 +21,35 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datasets.blobs import LocalBlobs, RemoteBlobs, open_blobs
+from datasets.blobs import TEMPORARY, LocalBlobs, RemoteBlobs, open_blobs
 from datasets.cache import FileCache
 from datasets.errors import CorruptionError, SpaceError, StoreError
 from datasets.keys import sha256_file, sha256_hex
-from datasets.manifest import KEY_PATTERN, NAME_PATTERN, STAGE_PATTERN, Content, FileRecord, Manifest
+from datasets.manifest import KEY_PATTERN, STAGE_PATTERN, Content, FileRecord, Manifest
 from datasets.patience import patiently
+from datasets.work import WorkArea, file_name, fitting
 
 MANIFEST = "manifest.json"
 WORK = "work"
+LINEAGE = "lineage"
 DEFAULT_ROOT = "./artifacts"
 CACHE_BYTES = 64 << 30
 OUTAGE_S = 180.0
+FOLDER_PATTERN = re.compile(r"[0-9a-f]{16}")
 
 _log = logging.getLogger(__name__)
 
 
-def _fitting(value: str, pattern: re.Pattern[str], rule: str) -> str:
-    if not pattern.fullmatch(value):
-        raise ValueError(f"{rule}, got {value!r}")
-    return value
-
-
-def _name(name: str) -> str:
-    """Return a file name after checking that it can be one everywhere and cannot leave its folder."""
-    return _fitting(name, NAME_PATTERN, "a file name must be made of letters, digits and any of ._=+-")
-
-
 def _folder(stage: str, key: str) -> str:
     """Return an artifact's folder, relative to the root."""
-    _fitting(stage, STAGE_PATTERN, "a stage must be lowercase words joined by hyphens")
-    _fitting(key, KEY_PATTERN, "a key must be 64 lowercase hex digits")
+    fitting(stage, STAGE_PATTERN, "a stage must be lowercase words joined by hyphens")
+    fitting(key, KEY_PATTERN, "a key must be 64 lowercase hex digits")
     return f"{stage}/{key[:16]}"
 
 
 def _object_name(name: str, digest: str) -> str:
     """Return the name under which content of that digest is stored."""
-    plain = PurePosixPath(_name(name))
+    plain = PurePosixPath(file_name(name))
     return f"{plain.stem}-{digest[:12]}{plain.suffix}"
 
 
@@ -64,52 +58,11 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-class WorkArea:
-    """What attempts at one artifact keep to continue after a kill: flat names, each write in one step.
-
-    Args:
-        blobs: The store's blobs.
-        folder: The area's folder in the store.
-        scratch: Its folder on this machine.
-    """
-
-    def __init__(self, blobs: LocalBlobs | RemoteBlobs, folder: str, *, scratch: Path) -> None:
-        self._blobs = blobs
-        self._folder = folder
-        self._scratch = scratch
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file, whole and durable, in place of what it held.
-
-        Raises:
-            SpaceError: When the store is full; what the file held before is still there.
-        """
-        self._blobs.replace(f"{self._folder}/{_name(name)}", data)
-
-    def read(self, name: str) -> bytes | None:
-        """Return a file's bytes, or None when it does not exist."""
-        return self._blobs.read(f"{self._folder}/{_name(name)}")
-
-    def names(self, prefix: str = "") -> list[str]:
-        """Return the sorted names of the files that begin with a prefix."""
-        return [name for name in self._blobs.names(self._folder) if name.startswith(prefix)]
-
-    def remove(self, name: str) -> None:
-        """Remove a file if it exists."""
-        self._blobs.remove(f"{self._folder}/{_name(name)}")
-
-    def clear(self) -> None:
-        """Remove everything in the area, scratch on this machine too."""
-        self._blobs.remove_folder(self._folder)
-        shutil.rmtree(self._scratch, ignore_errors=True)
-
-    def path(self, name: str) -> Path:
-        """Return a path on this machine for scratch; its folder exists.
-
-        In a local store it is the very file that ``read`` reads; else it is unknown to the store.
-        """
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        return self._scratch / _name(name)
+def is_artifact_folder(path: str) -> bool:
+    """Return whether a path is one that artifacts have, or one that a removal gave such a folder."""
+    stage, _, name = path.partition("/")
+    is_named = bool(FOLDER_PATTERN.fullmatch(name)) or name.startswith(TEMPORARY)
+    return is_named and bool(STAGE_PATTERN.fullmatch(stage)) and stage not in {WORK, LINEAGE}
 
 
 class Store:
@@ -228,6 +181,19 @@ class Store:
         self._blobs.sweep(folder)
         return held
 
+    def has(self, manifest: Manifest, name: str) -> bool:
+        """Return whether a file of an artifact, committed or not, is stored; its content is verified there.
+
+        Raises:
+            CorruptionError: When it does not have the digest its manifest records.
+        """
+        record = manifest.file(name)
+        path = f"{_folder(manifest.stage, manifest.key)}/{record.path}"
+        digest = self._blobs.digest(path)
+        if digest is not None:
+            self._require_digest(path, record, digest)
+        return digest is not None
+
     def read(self, manifest: Manifest, name: str) -> bytes:
         """Return the bytes of an artifact's file, verified.
 
@@ -263,26 +229,81 @@ class Store:
             self._cache.keep(record.sha256, data)
         return data
 
-    def manifests(self, stage: str | None = None) -> list[Manifest]:
+    def manifests(self, stage: str | None = None, *, strict: bool = False) -> list[Manifest]:
         """Return all committed artifacts, of one stage or of all, sorted by stage and key.
 
         For listings only: whether one exists is decided by ``find``. Damaged manifests are left out with a
-        logged warning.
+        logged warning, unless ``strict``.
+
+        Raises:
+            CorruptionError: With ``strict``, when a manifest is damaged or belongs to another folder.
         """
         found: list[Manifest] = []
         for path in self._blobs.match(f"{stage or '*'}/*/{MANIFEST}"):
             try:
                 data = self._blobs.read(path)
                 if data is not None:
-                    found.append(Manifest.from_json(data, source=self._blobs.address(path)))
+                    found.append(self._placed(data, path))
             except StoreError as error:
+                if strict:
+                    raise
                 _log.warning("left out of the listing: %s", error)
         return sorted(found, key=lambda manifest: (manifest.stage, manifest.key))
 
+    def remember(self, manifest: Manifest) -> None:
+        """Keep the manifest of an artifact that lies in another store, to tell what was made of it."""
+        path = f"{LINEAGE}/{_folder(manifest.stage, manifest.key)}.json"
+        held = self._blobs.create(path, manifest.to_json())
+        if Manifest.from_json(held, source=self._blobs.address(path)).digest != manifest.digest:
+            raise StoreError(
+                f"one key must name one content, but {self._blobs.address(path)} is of another; delete it"
+            )
+
+    def remembered(self) -> list[Manifest]:
+        """Return the manifests kept by ``remember``.
+
+        Raises:
+            CorruptionError: When one is damaged.
+        """
+        paths = self._blobs.match(f"{LINEAGE}/*/*.json")
+        read = ((path, self._blobs.read(path)) for path in paths)
+        return [
+            Manifest.from_json(data, source=self._blobs.address(p)) for p, data in read if data is not None
+        ]
+
+    def withdraw(self, manifest: Manifest) -> None:
+        """Make an artifact not exist; its files stay, and ``commit`` with the same content brings it back."""
+        self._blobs.remove(f"{_folder(manifest.stage, manifest.key)}/{MANIFEST}")
+
+    def folders(self) -> list[str]:
+        """Return the folders that hold or once held artifacts, relative to the root.
+
+        Among them are those without a manifest: of attempts that run or were cut off, and of removals that
+        were cut off.
+        """
+        folders = {path.rpartition("/")[0] for path in self._blobs.match("*/*/*")}
+        return sorted(folder for folder in folders if is_artifact_folder(folder))
+
+    def num_bytes(self, folder: str) -> int:
+        """Return the size of all files in a folder of ``folders``."""
+        return self._blobs.num_bytes(folder)
+
+    def discard(self, folder: str) -> None:
+        """Remove a folder of ``folders``, unless it has a manifest: what exists is withdrawn first."""
+        if not is_artifact_folder(folder):
+            raise ValueError(f"only the folder of an artifact can be discarded, got {folder!r}")
+        if self._blobs.size(f"{folder}/{MANIFEST}") is None:
+            self._blobs.discard(folder)
+
+    def work_areas(self) -> dict[str, WorkArea]:
+        """Return what attempts have left in the store, by ``<stage>/<first 16 digits of the key>``."""
+        parts = (path.split("/") for path in self._blobs.match(f"{WORK}/*/*/*"))
+        folders = sorted({f"{stage}/{digits}" for _, stage, digits, _ in parts})
+        return {folder: self._work_area(folder) for folder in folders}
+
     def work(self, stage: str, key: str) -> WorkArea:
         """Return the place where attempts at an artifact keep what they need to continue after a kill."""
-        folder = f"{WORK}/{_folder(stage, key)}"
-        return WorkArea(self._blobs, folder, scratch=self.local_root / folder)
+        return self._work_area(_folder(stage, key))
 
     def uri_of(self, manifest: Manifest) -> str:
         """Return the address of an artifact's folder."""
@@ -307,6 +328,19 @@ class Store:
                 f"{_size(have_bytes)}; "
                 "free space there or name another place with --store"
             )
+
+    def _work_area(self, folder: str) -> WorkArea:
+        path = f"{WORK}/{folder}"
+        return WorkArea(self._blobs, path, scratch=self.local_root / path)
+
+    def _placed(self, data: bytes, path: str) -> Manifest:
+        manifest = Manifest.from_json(data, source=self._blobs.address(path))
+        if path == f"{_folder(manifest.stage, manifest.key)}/{MANIFEST}":
+            return manifest
+        raise CorruptionError(
+            f"{self._blobs.address(path)} must lie in the folder of its stage and key, but is that of "
+            f"{manifest.stage} {manifest.short}; delete its folder"
+        )
 
     def _parsed(self, data: bytes, path: str, *, stage: str, key: str) -> Manifest:
         address = self._blobs.address(path)

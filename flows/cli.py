@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
+from flows.asked import ASKED, GIVEN, SETTINGS, Asked, Given, Settings, Weights
+
 EXIT_REFUSED = 2
 
 commands = App(
@@ -163,42 +165,27 @@ def reproduce(recipe: RecipeName, *, set: Overrides = None, store: StoreUri = DE
 @commands.command
 def sample(
     model: Annotated[
-        str, Parameter(help="`ldm-demo`, `ldm-demo@candidate`, the first digits of a key, or a model folder.")
+        str,
+        Parameter(help="A model folder, or `ldm-demo`, `ldm-demo@candidate`, or the first digits of a key."),
     ],
     *,
-    output: Annotated[Path, Parameter(help="PNG to write.")] = Path("samples.png"),
-    classes: Annotated[
-        list[str] | None,
-        Parameter(
-            help="Class names or numbers, one row each; all classes by default.", consume_multiple=True
-        ),
-    ] = None,
-    per_class: Annotated[int, Parameter(help="Pictures per row.", validator=Number(gte=1))] = 4,
-    seed: Annotated[int | None, Parameter(help="Seed of the noise; the recipe's by default.")] = None,
-    sampler: Annotated[
-        str | None,
-        Parameter(
-            help="ddim, ddpm, plms, dpmpp_2m, dpmpp_2m_sde, unipc, euler, heun; the recipe's by default."
-        ),
-    ] = None,
-    steps: Annotated[int | None, Parameter(help="Sampling steps; the recipe's by default.")] = None,
-    guidance: Annotated[
-        float | None, Parameter(help="Guidance scale; the recipe's by default, 1 for none.")
-    ] = None,
+    output: Annotated[
+        Path, Parameter(help="A `.png` gets a grid; any other name is a folder for a file per picture.")
+    ] = Path("samples.png"),
+    asked: Asked = ASKED,
+    given: Given = GIVEN,
+    settings: Settings = SETTINGS,
+    weights: Weights = None,
     store: StoreUri = DEFAULT_STORE,
 ) -> None:
-    """Draw a grid of samples from a trained model."""
-    from flows.sample import sample_to_file
+    """Draw pictures from a trained or imported model.
 
-    changes = {"seed": seed, "sampler": sampler, "steps": steps, "guidance": guidance}
-    sample_to_file(
-        store,
-        model,
-        output,
-        classes=classes,
-        per_class=per_class,
-        changes={k: v for k, v in changes.items() if v is not None},
-    )
+    Each file says what it was drawn with: model, seed, index, settings. With --image pictures are changed,
+    with --mask a part of one is painted, with --guide samples are drawn towards one.
+    """
+    from flows.sample import sample_to_files
+
+    sample_to_files(store, model, output, asked=asked, given=given, settings=settings, weights=weights)
 
 
 @commands.command
@@ -246,6 +233,10 @@ def import_model(
     checkpoint: Annotated[Path | None, Parameter(help="The `.ckpt` that belongs to the YAML.")] = None,
     *,
     output: Annotated[Path, Parameter(help="Folder to make.")],
+    register: Annotated[
+        str | None,
+        Parameter(help="Also put the model into the store, registered by this name for `ldm sample NAME`."),
+    ] = None,
     one_head: Annotated[
         bool,
         Parameter(
@@ -256,11 +247,17 @@ def import_model(
             ),
         ),
     ] = False,
+    store: StoreUri = DEFAULT_STORE,
 ) -> None:
     """Turn a model of another program into a folder that `ldm.load` opens; nothing in it is run."""
+    from flows.register import check_name, register_folder
     from ldm.bridge.transfer import import_to_folder
 
+    if register is not None:
+        check_name(register)
     print(*import_to_folder(config, checkpoint, output=output, one_head=one_head), sep="\n")
+    if register is not None:
+        print(register_folder(store, output, register))
 
 
 @commands.command(name="export")
@@ -268,7 +265,10 @@ def export_model(
     model: Annotated[
         str,
         Parameter(
-            help="A model folder, or `first-stage-cats-vq-f4`, with `@alias`, or a key's first digits."
+            help=(
+                "A model folder, or `ldm-demo`, `first-stage-cats-vq-f4`, with `@alias`, or a key's first "
+                "digits."
+            )
         ),
     ],
     *,
@@ -293,10 +293,44 @@ def recipes() -> None:
 
 @commands.command(name="list")
 def list_artifacts(*, store: StoreUri = DEFAULT_STORE) -> None:
-    """List the artifacts of a store: what exists, how large it is, what it cost, what it is made of."""
+    """List the artifacts of a store: size, cost, what each is made of, which are stale and why."""
     from flows.listing import print_artifacts
 
     print_artifacts(store)
+
+
+@commands.command
+def gc(
+    *,
+    recipe: Annotated[
+        list[str] | None, Parameter(help="YAML of your own that counts as well. May be repeated.")
+    ] = None,
+    delete: Annotated[bool, Parameter(negative="", help="Remove it, and not only list it.")] = False,
+    store: StoreUri = DEFAULT_STORE,
+) -> None:
+    """List, or remove, what no alias, recipe or running attempt leads to, and abandoned work areas."""
+    from flows.gc import collect_garbage
+
+    collect_garbage(store, recipe or [], delete=delete)
+
+
+@commands.command(name="copy")
+def copy_to(
+    key: Annotated[str, Parameter(help="The first digits of a key, or the name of a registered model.")],
+    *,
+    to: Annotated[str, Parameter(help="Root of the other store: a folder or an fsspec URI.")],
+    with_parents: Annotated[
+        bool, Parameter(negative="", help="Copy the files of all it was made of, not their manifests alone.")
+    ] = False,
+    store: StoreUri = DEFAULT_STORE,
+) -> None:
+    """Copy an artifact to another store, verified on both ends, with its parents' manifests.
+
+    A diffusion model takes its first stage along. The same command again goes on, or verifies.
+    """
+    from flows.copy import copy_artifact
+
+    copy_artifact(store, key, to, with_parents=with_parents)
 
 
 @commands.command

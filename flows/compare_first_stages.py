@@ -8,6 +8,7 @@ from prefect.artifacts import create_markdown_artifact
 from datasets.keys import artifact_key
 from flows.evaluate_first_stage import evaluate_first_stage
 from flows.first_stage_scores import figures, markdown, rows_of, scored
+from flows.invocation import Invocation
 from flows.produce import PARENT_RUN, Receipt, tracked
 from flows.request import Request
 from ldm.recipe import named_first_stage
@@ -36,7 +37,9 @@ def compare_first_stages(
     recipes = {name: Request.resolve(recipe, one, store).recipe for name, one in settings.items()}
     what = {name: one.model_dump(mode="json") for name, one in recipes.items()}
     key = artifact_key(STAGE, 1, what=what, parents={})
-    with tracked(request, STAGE, key, {"recipe": recipe, "first_stages": " ".join(names)}) as run:
+    params = {"recipe": recipe, "first_stages": " ".join(names)}
+    asked = [Invocation.of(recipe, one) for one in settings.values()]
+    with tracked(request, STAGE, key, params, asked=asked) as run:
         parent = PARENT_RUN.set(run.id)
         try:
             receipts = [evaluate_first_stage(recipe, one, store) for one in settings.values()]

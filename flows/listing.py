@@ -4,20 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from datasets.errors import ConfigError
 from datasets.store import Store
+from flows.attempts import is_alive
 from flows.progress import status_folder
+from flows.staleness import why_stale
 from ldm.recipe import RECIPES, load_recipe, recipe_names
 
 KEY_DIGITS = 8
+STALE = "*"
 NUMBERS = {"progress", "images/s", "wall s", "CPU s", "MB"}
-CLOCK_S = 5.0
-"""How far apart two readings of one process's start may be: the system's idea of it moves with the clock."""
 
 
 def print_recipes() -> None:
@@ -33,16 +34,18 @@ def print_recipes() -> None:
 
 
 def print_artifacts(store: str) -> None:
-    """A line per artifact."""
+    """A line per artifact, those that are stale marked; then why they are."""
     opened = Store(store)
+    manifests = sorted(opened.manifests(), key=lambda m: str(m.provenance.get("made", "")))
+    reasons = why_stale(manifests, elsewhere=opened.remembered())
     table = narrow(
         "stage", "key", "recipe", "made", "wall s", "CPU s", "MB", wrapping="made of", title=opened.uri
     )
-    for m in sorted(opened.manifests(), key=lambda m: str(m.provenance.get("made", ""))):
+    for m in manifests:
         p = m.provenance
         table.add_row(
             m.stage,
-            m.key[:KEY_DIGITS],
+            m.key[:KEY_DIGITS] + (STALE if m.digest in reasons else ""),
             str(p.get("recipe", {}).get("name", "")),
             str(p.get("made", ""))[5:16].replace("T", " "),
             f"{p.get('wall_s', 0):,.0f}",
@@ -51,6 +54,12 @@ def print_artifacts(store: str) -> None:
             " ".join(sorted(parent.key[:KEY_DIGITS] for parent in m.content.parents.values())),
         )
     show(table, empty=f"no artifacts in {opened.uri}; `ldm reproduce demo` makes some")
+    stale = narrow("stage", "key", wrapping="why", title=f"{STALE} stale: the same command makes it anew")
+    for m in manifests:
+        if m.digest in reasons:
+            stale.add_row(m.stage, m.key[:KEY_DIGITS], escape(reasons[m.digest]))
+    if reasons:
+        Console().print("", stale)
 
 
 def print_status(store: str) -> None:
@@ -99,15 +108,6 @@ def state_of(status: dict[str, Any]) -> str:
     if status["state"] == "running" and not is_alive(status):
         return "cut off; run the same command to continue"
     return str(status["state"])
-
-
-def is_alive(status: dict[str, Any]) -> bool:
-    """Whether the process that wrote a status file runs; a later one of the same number is another."""
-    try:
-        started = psutil.Process(status["pid"]).create_time()
-    except psutil.NoSuchProcess:
-        return False
-    return abs(started - status["process_started"]) < CLOCK_S
 
 
 def print_log(store: str, stage: str | None, lines: int) -> None:

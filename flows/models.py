@@ -1,18 +1,28 @@
 """Finds a trained model by what people call it, and the recipe it was trained by."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pydantic import ValidationError
 
 from datasets.manifest import Manifest
 from datasets.store import Store
+from flows.invocation import Invocation
 from ldm.config import Recipe
 from ldm.errors import ModelNotFoundError, RecipeError
 from ldm.recipe import load_recipe, merge, parse_override, parse_recipe
+from ldm.stored_models import IMPORT_MODEL
 from ldm.tracking import Tracker, tracking_uri
 
 TRAIN_FIRST_STAGE = "train-first-stage"
 TRAIN_LDM = "train-ldm"
+MAKES = {
+    TRAIN_FIRST_STAGE: "`ldm train-first-stage RECIPE`",
+    TRAIN_LDM: "`ldm train-ldm RECIPE`",
+    IMPORT_MODEL: "`ldm import --register NAME`",
+}
+"""Stages that leave models, and the commands that run them."""
 KEY_DIGITS = re.compile(r"[0-9a-f]{6,64}")
 AFTER_TRAINING = {"evaluation", "sampling"}
 """Sections of a recipe that say nothing about how a model was made."""
@@ -24,37 +34,21 @@ def open_tracker(store: Store) -> Tracker:
 
 
 def find_model(store: Store, spec: str) -> Manifest:
-    """The model artifact of a registered `name` or `name@alias`, or of a key's first digits.
+    """The trained model of a registered `name` or `name@alias`, or of a key's first digits.
 
     Raises:
         ModelNotFoundError: there is none; the message names those there are.
     """
-    return find_registered(store, spec, TRAIN_LDM, name_of=lambda recipe: f"ldm-{recipe.get('name')}")
+    return find_registered(store, spec, TRAIN_LDM)
 
 
-def find_first_stage(store: Store, spec: str) -> Manifest:
-    """The first stage of a registered `name` or `name@alias`, or of a key's first digits.
-
-    Raises:
-        ModelNotFoundError: there is none; the message names those there are.
-    """
-    return find_registered(
-        store,
-        spec,
-        TRAIN_FIRST_STAGE,
-        name_of=lambda recipe: f"first-stage-{recipe.get('first_stage', {}).get('name')}",
-    )
-
-
-def find_registered(
-    store: Store, spec: str, stage: str, *, name_of: Callable[[Mapping[str, Any]], str]
-) -> Manifest:
-    """The artifact of a stage by registered name or key; `name_of` gives the names that a message lists.
+def find_registered(store: Store, spec: str, *stages: str) -> Manifest:
+    """The artifact of one of these stages by registered `name` or `name@alias`, or by a key's first digits.
 
     Raises:
         ModelNotFoundError: there is none; the message names those there are.
     """
-    models = store.manifests(stage)
+    models = [manifest for stage in stages for manifest in store.manifests(stage)]
     by_key = [m for m in models if KEY_DIGITS.fullmatch(spec) and m.key.startswith(spec)]
     if len(by_key) == 1:
         return by_key[0]
@@ -62,10 +56,19 @@ def find_registered(
     for manifest in models:
         if version is not None and manifest.digest == version["digest"]:
             return manifest
-    known = ", ".join(sorted(f"{name_of(stored_recipe(m))} (key {m.short})" for m in models))
+    known = ", ".join(sorted(f"{name_of(m)} (key {m.short})" for m in models))
+    cures = " or ".join(MAKES[stage] for stage in stages)
     raise ModelNotFoundError(
-        f"no model {spec!r} in {store.uri}; known: {known or 'none'}; train one with `ldm {stage} RECIPE`"
+        f"no model {spec!r} in {store.uri}; known: {known or 'none'}; make one with {cures}"
     )
+
+
+def name_of(manifest: Manifest) -> str:
+    """What a model is registered as."""
+    recipe = stored_recipe(manifest)
+    if manifest.stage == TRAIN_FIRST_STAGE:
+        return f"first-stage-{recipe.get('first_stage', {}).get('name')}"
+    return f"ldm-{recipe.get('name')}" if manifest.stage == TRAIN_LDM else manifest.provenance["name"]
 
 
 def find_model_of(store: Store, recipe: str, spec: str) -> Manifest:
@@ -99,6 +102,14 @@ def ancestry(store: Store, manifest: Manifest) -> dict[str, Manifest]:
 def stored_recipe(model: Manifest) -> Mapping[str, Any]:
     """The resolved recipe that a model was made by, as plain values."""
     return model.provenance.get("recipe", {})
+
+
+def asked_for(manifest: Manifest) -> Invocation | None:
+    """What the run that made an artifact was asked for; None when it does not say."""
+    try:
+        return Invocation.model_validate(manifest.provenance.get("asked"))
+    except ValidationError:
+        return None
 
 
 def recipe_of(model: Manifest, overrides: Sequence[str] = ()) -> Recipe:

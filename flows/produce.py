@@ -3,7 +3,7 @@
 import json
 import logging
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -15,12 +15,16 @@ from pydantic import BaseModel, ConfigDict
 
 from datasets.image_shards import build_image_shards
 from datasets.manifest import Manifest
+from datasets.store import Store
+from flows.attempts import announce, attempt_here
 from flows.console import show_own_logs
+from flows.invocation import Invocation
 from flows.models import open_tracker
 from flows.pages import publish
 from flows.preflight import planned_list
 from flows.progress import StageReport
-from flows.request import DOWNLOAD_SHARDS, Request
+from flows.request import DOWNLOAD_SHARDS, NotBuiltError, Request
+from flows.staleness import flat
 from ldm.config import Recipe
 from ldm.stages import STAGES
 from ldm.stages.stage import Job, environment
@@ -87,7 +91,11 @@ def produce(request: Request, stage: str) -> Receipt:
 def make(request: Request, stage: str) -> Manifest:
     """Do the work of a stage in a tracked run."""
     key, params = plan(request, stage)
-    with tracked(request, stage, key, params) as run, StageReport(request.store, stage, key, run) as report:
+    inputs = inputs_of(request, stage)
+    with (
+        tracked(request, stage, key, params, inputs=inputs) as run,
+        StageReport(request.store, stage, key, run) as report,
+    ):
 
         def provenance() -> dict[str, Any]:
             return {
@@ -96,6 +104,7 @@ def make(request: Request, stage: str) -> Manifest:
                 "host": socket.gethostname(),
                 "environment": environment(request.recipe),
                 "recipe": request.recipe.model_dump(mode="json"),
+                "asked": request.asked and request.asked.model_dump(mode="json"),
                 **report.costs(),
             }
 
@@ -104,19 +113,35 @@ def make(request: Request, stage: str) -> Manifest:
                 request.store, request.recipe.dataset, progress=report.progress, provenance=provenance
             )
         else:
-            inputs = inputs_of(request, stage)
+            require_there(request.store, inputs)
             for role, parent in inputs.items():
                 run.input(role, digest=parent.digest, uri=request.store.uri_of(parent), context=role)
             manifest = STAGES[stage].run(
                 Job(STAGES[stage], request.store, request.recipe, key, inputs, report), provenance
             )
+        request.store.work(stage, key).clear()
         describe(request, run, manifest)
     return manifest
 
 
 def inputs_of(request: Request, stage: str) -> dict[str, Manifest]:
     """The artifacts a stage reads, which its flow has found or made before."""
-    return {role: request.found[parent] for role, parent in STAGES[stage].inputs.items()}
+    roles = STAGES[stage].inputs if stage in STAGES else {}
+    return {role: request.found[parent] for role, parent in roles.items()}
+
+
+def require_there(store: Store, inputs: Mapping[str, Manifest]) -> None:
+    """Look again that inputs are there, now that the attempt that reads them is announced (decision 0014).
+
+    Raises:
+        NotBuiltError: one was removed since it was found.
+    """
+    for role, manifest in inputs.items():
+        if store.find(manifest.stage, manifest.key) is None:
+            raise NotBuiltError(
+                f"the {role} {manifest.stage} {manifest.short} must stay while it is read, but was removed "
+                f"from {store.uri} a moment ago; run the same command again"
+            )
 
 
 def plan(request: Request, stage: str) -> tuple[str, dict[str, Any]]:
@@ -129,18 +154,28 @@ def plan(request: Request, stage: str) -> tuple[str, dict[str, Any]]:
     return key, dict(flat("", STAGES[stage].what(recipe)))
 
 
-def flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Nested settings as dotted names."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flat(f"{prefix}{name}.", value)
-        else:
-            yield f"{prefix}{name}", value
-
-
 @contextmanager
-def tracked(request: Request, stage: str, key: str, params: Mapping[str, Any]) -> Iterator[TrackedRun]:
-    """The MLflow run of a piece of work: the same run again when an earlier attempt was cut off."""
+def tracked(
+    request: Request,
+    stage: str,
+    key: str,
+    params: Mapping[str, Any],
+    *,
+    inputs: Mapping[str, Manifest] | None = None,
+    asked: Sequence[Invocation] | None = None,
+) -> Iterator[TrackedRun]:
+    """The MLflow run of a piece of work: the same run again when an earlier attempt was cut off.
+
+    Args:
+        request: what was asked for.
+        stage: the experiment.
+        key: of the work area, which says from now on who works there.
+        params: for MLflow.
+        inputs: artifacts that are read.
+        asked: the runs that the work consists of, when not the request alone.
+    """
+    consists_of = asked or ([request.asked] if request.asked else [])
+    announce(request.store, attempt_here(stage, key, asked=consists_of, inputs=inputs or {}))
     work = request.store.work(stage, key)
     saved = work.read(RUN_FILE)
     run = open_tracker(request.store).start(

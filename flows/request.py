@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from datasets.manifest import Manifest
 from datasets.store import Store
-from flows.models import ancestry, find_model_of, recipe_of
+from flows.invocation import Invocation
+from flows.models import ancestry, asked_for, find_model_of, recipe_of
 from flows.preflight import check_data, check_weights, find_shards
 from ldm.config import Recipe
 from ldm.errors import LdmError
@@ -29,6 +30,8 @@ class Request:
     """Whether missing inputs may be built."""
     found: dict[str, Manifest] = field(default_factory=dict)
     """Artifacts looked up or made so far, by stage."""
+    asked: Invocation | None = None
+    """How it was asked for, when it can be asked for again."""
 
     @classmethod
     def resolve(
@@ -58,11 +61,13 @@ class Request:
             resolved = load_recipe(recipe, overrides)
             check_data(resolved)
             check_weights(resolved)
-            return cls(resolved, opened, build)
+            return cls(resolved, opened, build, asked=Invocation.of(recipe, overrides))
         manifest = find_model_of(opened, recipe, model)
         resolved = recipe_of(manifest, overrides)
         check_weights(resolved)
-        return cls(resolved, opened, build=False, found=ancestry(opened, manifest))
+        made = asked_for(manifest)
+        asked = made and Invocation.of(made.recipe, [*made.set, *overrides])
+        return cls(resolved, opened, build=False, found=ancestry(opened, manifest), asked=asked)
 
     def find(self, stage: str) -> Manifest | None:
         """The artifact of a stage, when the store has it and everything it is made of."""

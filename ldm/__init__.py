@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from ldm.diffusion_model import DiffusionModel
+    from ldm.latent_diffusion import LatentDiffusion
     from ldm.model import Autoencoder
 
 
 def load(
     folder: str | Path, *, weights: Literal["ema", "raw"] | None = None
-) -> "Autoencoder | DiffusionModel":
+) -> "Autoencoder | LatentDiffusion":
     """The model in a folder that `ldm import` wrote, ready for use on the CPU.
 
         import ldm
@@ -33,6 +33,8 @@ def load(
         cats = model.condition(class_label=torch.tensor([281, 282]))    # fields by kind: ldm/conditions.py
         eps = model.predict(x_t, t, cats)                               # x_t: (2, 3, 64, 64); t: (2,)
         pictures = model.sample(cats, steps=50, guidance=3.0, seed=0)   # (2, 3, 256, 256) in [-1, 1]
+
+    A latent diffusion model is a `ldm.latent_diffusion.LatentDiffusion`, the object `ldm sample` uses too.
 
     Args:
         folder: the model folder.

@@ -383,23 +383,35 @@ class Recipe(Config):
             "the latent's side", size // factor, 2 ** (len(unet.channel_mult) - 1), "the UNet's levels"
         )
         check_unet(self)
-        if self.sampling.guidance != 1.0 and (self.conditioning is None or not self.conditioning.has_null):
+        conditioning = self.conditioning
+        if self.sampling.guidance != 1.0 and (
+            conditioning is None or not conditioning.has_null or not conditioning.drop_rate
+        ):
             raise ValueError(
-                f"sampling.guidance ({self.sampling.guidance}) needs `conditioning` with a null condition; "
-                "use 1 without one"
+                f"sampling.guidance ({self.sampling.guidance}) needs `conditioning` with a null condition "
+                "and a drop_rate above 0, which trains it; use 1 without one"
             )
-        steps, num_timesteps = self.sampling.steps, self.diffusion.num_timesteps
-        if self.sampling.sampler == "ddpm" and steps != num_timesteps:
-            raise ValueError(
-                f"sampling.steps ({steps}) must be diffusion.num_timesteps ({num_timesteps}) for sampler "
-                f"ddpm, which leaves none out; use sampling.steps={num_timesteps}, or sampler=ddim with eta=1"
-            )
-        if self.sampling.sampler != "ddpm" and steps >= num_timesteps:
-            raise ValueError(
-                f"sampling.steps ({steps}) must be below diffusion.num_timesteps ({num_timesteps}) for "
-                f"sampler {self.sampling.sampler}; use at most {num_timesteps - 1}"
-            )
+        require_steps(self.sampling, self.diffusion.num_timesteps)
         return self
+
+
+def require_steps(sampling: Sampling, num_timesteps: int) -> None:
+    """Refuse a number of steps that a sampler does not take.
+
+    Raises:
+        ValueError: ddpm with fewer steps than there are, or another sampler with as many.
+    """
+    if sampling.sampler == "ddpm" and sampling.steps != num_timesteps:
+        raise ValueError(
+            f"sampling.steps ({sampling.steps}) must be diffusion.num_timesteps ({num_timesteps}) for "
+            f"sampler ddpm, which leaves none out; use sampling.steps={num_timesteps}, or sampler=ddim "
+            "with eta=1"
+        )
+    if sampling.sampler != "ddpm" and sampling.steps >= num_timesteps:
+        raise ValueError(
+            f"sampling.steps ({sampling.steps}) must be below diffusion.num_timesteps ({num_timesteps}) for "
+            f"sampler {sampling.sampler}; use at most {num_timesteps - 1}"
+        )
 
 
 def check_unet(recipe: Recipe) -> None:

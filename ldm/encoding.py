@@ -173,7 +173,7 @@ def ahead(items: Iterator[T], *, depth: int) -> Generator[T, None, None]:
 
 
 def read_parts(job: Job, claims: Claims) -> Iterator[Chunk | None]:
-    """Claim the parts that are not done, one by one, and read them; None while waiting for other processes."""
+    """Claim the parts that are not done, one by one, and read them; None while others are waited for."""
     left = unfinished(job)
     while left:
         for part, record in list(left.items()):

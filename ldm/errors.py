@@ -7,6 +7,7 @@
     |-- WeightsError        packaged weights are missing or are not the bytes expected
     |-- TrainingError       a run cannot go on (loss not finite too often, a checkpoint of another recipe)
     |-- WorkerError         processes of a run ended before their work was done
+    |-- TrackingError       MLflow cannot be asked what must be known before something is removed
     `-- ModelNotFoundError  no finished model has the name or the key asked for
 
 Every message says the rule, what was received and what to do about it.
@@ -40,6 +41,10 @@ class TrainingError(LdmError):
 
 class WorkerError(LdmError):
     """Processes of a run ended before their work was done."""
+
+
+class TrackingError(LdmError):
+    """The tracker cannot answer where its answer decides."""
 
 
 class ModelNotFoundError(LdmError):

@@ -1,14 +1,17 @@
 """What a whole latent diffusion model is, outside a recipe: the config of a model folder."""
 
+import operator
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ldm.config import Config, Diffusion, FirstStageModel
+from ldm.config import Diffusion, FirstStageModel, Recipe
 from ldm.network_config import (
     ClassConditioning,
     ClassVectorConditioning,
     Conditioning,
+    Config,
     HybridConditioning,
     UNetConfig,
 )
@@ -26,6 +29,8 @@ class LatentDiffusionModel(Config):
     conditioning: Annotated[AnyConditioning, Field(discriminator="kind")] | None = None
     num_classes: int = Field(default=0, ge=0)
     """Classes it was trained on, without the null class; 0 for a model without class labels."""
+    class_names: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
+    """What the classes are called, in their order; () where they have numbers alone."""
     diffusion: Diffusion
     elbo_weight: float = Field(default=0.0, ge=0)
     """Weight of the terms of the variational bound in its training loss; 0 in all published configs."""
@@ -69,4 +74,31 @@ class LatentDiffusionModel(Config):
         tokens = conditioning.tokens if isinstance(conditioning, HybridConditioning) else conditioning
         if (self.num_classes > 0) != isinstance(tokens, ClassConditioning | ClassVectorConditioning):
             raise ValueError(f"num_classes ({self.num_classes}) is for models of class labels, and only them")
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"class_names must name all {self.num_classes} classes, got {len(self.class_names)} names; "
+                "leave them out, or name each"
+            )
         return self
+
+
+def model_config_of(recipe: Recipe, *, scale: float, classes: Sequence[str]) -> LatentDiffusionModel:
+    """What the model is that a recipe trains.
+
+    Args:
+        recipe: the run.
+        scale: of its latents.
+        classes: names of the data set's classes; a model without class labels leaves them out.
+    """
+    unet, labels = recipe.unet, isinstance(recipe.conditioning, ClassConditioning | ClassVectorConditioning)
+    num_classes = len(classes) if unet.num_classes is None else unet.num_classes - 1
+    return LatentDiffusionModel(
+        first_stage=recipe.first_stage.model,
+        unet=unet,
+        conditioning=recipe.conditioning,
+        num_classes=num_classes if labels else 0,
+        class_names=tuple(classes) if labels and len(classes) == num_classes else (),
+        diffusion=recipe.diffusion,
+        scale=scale,
+        latent_size=recipe.latent_size,
+    )

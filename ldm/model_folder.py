@@ -28,8 +28,8 @@ from torch import Tensor
 from datasets.blobs import TEMPORARY, make_folder, sync_folder
 from datasets.keys import sha256_file
 from ldm.config import Config, FirstStageModel
-from ldm.diffusion_model import DiffusionModel
 from ldm.errors import CheckpointError
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.layout import first_stage_layout, networks_layout, networks_of, require_layout
 from ldm.model import WEIGHTS, Autoencoder, restore_first_stage
 from ldm.model_config import LatentDiffusionModel, Weights
@@ -157,7 +157,7 @@ def autoencoder_of(model: AnyStored) -> Autoencoder:
     return Autoencoder(restore_first_stage(model.config, model.weights), model.config)
 
 
-def diffusion_model_of(model: StoredDiffusion, *, weights: Weights | None = None) -> DiffusionModel:
+def latent_diffusion_of(model: StoredDiffusion, *, weights: Weights | None = None) -> LatentDiffusion:
     """A stored latent diffusion model ready for use, in float32; by default averaged, where it can be.
 
     Raises:
@@ -172,7 +172,7 @@ def diffusion_model_of(model: StoredDiffusion, *, weights: Weights | None = None
     networks.to_empty(device="cpu").load_state_dict(chosen)
     networks.eval().requires_grad_(False)
     learned = model.training_state.get(LOG_VARIANCE)
-    return DiffusionModel(
+    return LatentDiffusion(
         Autoencoder(restore_first_stage(config.first_stage, model.first_stage), config.first_stage),
         networks,
         config,
@@ -253,13 +253,22 @@ def read_model_folder(folder: Path) -> AnyStored:
     """
     card = read_card(folder)
     parts = {name: read_verified(folder / name, digest) for name, digest in card.files.items()}
+    return model_of_card(card, parts, what=str(folder / WEIGHTS))
+
+
+def model_of_card(card: Card, parts: Mapping[str, Mapping[str, Tensor]], *, what: str) -> AnyStored:
+    """The model of a `model.json` and the tensors of the files beside it; `what` is their name in messages.
+
+    Raises:
+        CheckpointError: the weights are not those of the config.
+    """
     weights, state = parts.get(WEIGHTS, {}), parts.get(TRAINING_STATE, {})
     if isinstance(card, FirstStageCard):
         model = StoredModel(card.config, weights, card.origin, state)
     else:
         first_stage, ema = parts.get(FIRST_STAGE, {}), parts.get(EMA, {})
         model = StoredDiffusion(card.config, weights, first_stage, ema, card.origin, state)
-    model.require_whole(str(folder / WEIGHTS))
+    model.require_whole(what)
     return model
 
 
@@ -271,15 +280,25 @@ def read_card(folder: Path) -> Card:
     """
     path = folder / CARD
     try:
-        return CARDS.validate_json(path.read_bytes())
+        return parse_card(path.read_bytes(), source=str(path))
     except OSError as error:
         raise CheckpointError(
             f"a model folder must hold a readable {CARD}; {error}; `ldm import` writes such a folder"
         ) from error
+
+
+def parse_card(data: bytes, *, source: str) -> Card:
+    """The content of a `model.json`.
+
+    Raises:
+        CheckpointError: it is none of this version.
+    """
+    try:
+        return CARDS.validate_json(data)
     except ValidationError as error:
         said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise CheckpointError(
-            f"{path} must be what this version of `ldm import` writes; {said}; import the checkpoint again"
+            f"{source} must be what this version of `ldm import` writes; {said}; import the checkpoint again"
         ) from None
 
 
@@ -303,7 +322,7 @@ def read_verified(path: Path, sha256: str) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def load_model_folder(folder: Path, *, weights: Weights | None = None) -> Autoencoder | DiffusionModel:
+def load_model_folder(folder: Path, *, weights: Weights | None = None) -> Autoencoder | LatentDiffusion:
     """The model of a folder, ready for use.
 
     Raises:
@@ -311,7 +330,7 @@ def load_model_folder(folder: Path, *, weights: Weights | None = None) -> Autoen
     """
     model = read_model_folder(folder)
     if isinstance(model, StoredDiffusion):
-        return diffusion_model_of(model, weights=weights)
+        return latent_diffusion_of(model, weights=weights)
     if weights is not None:
         raise CheckpointError(f"a first stage has one set of weights, and weights={weights!r} was asked for")
     return autoencoder_of(model)

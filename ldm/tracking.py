@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 from urllib.parse import urlsplit
 
+from ldm.errors import TrackingError
 from ldm.outbox import Point, with_patience
 from ldm.tracked_run import RegisteredVersion, Status, TrackedRun, first_line, name_allowed
 
@@ -132,6 +133,15 @@ def _registered(version: "ModelVersion") -> RegisteredVersion:
         digest=version.tags.get("digest", ""),
         run_id=version.run_id,
     )
+
+
+def _all_pages(search: Callable[..., Any]) -> Iterator[Any]:
+    """Yields everything that a search of MLflow finds."""
+    page = search(max_results=NUM_PER_CALL)
+    yield from page
+    while page.token:
+        page = search(max_results=NUM_PER_CALL, page_token=page.token)
+        yield from page
 
 
 def _row(run: "Run") -> RunRow:
@@ -359,6 +369,48 @@ class Tracker:
             logger.warning("MLflow (%s) cannot list runs of %s: %s", self.uri, stage, first_line(error))
             return []
         return [_row(run) for run in found]
+
+    def aliases(self) -> dict[str, list[str]]:
+        """Returns `name@alias` of every registered model that has one, by the digest it stands for.
+
+        Raises:
+            TrackingError: MLflow cannot be asked.
+        """
+        found: dict[str, list[str]] = {}
+        with self._answering() as client:
+            if client is None:
+                return {}
+            for model in _all_pages(client.search_registered_models):
+                for alias, number in model.aliases.items():
+                    digest = _registered(client.get_model_version(model.name, str(number)))["digest"]
+                    found.setdefault(digest, []).append(f"{model.name}@{alias}")
+        return found
+
+    def knows(self, run_id: str) -> bool:
+        """True if that run is tracked here.
+
+        Raises:
+            TrackingError: MLflow cannot be asked.
+        """
+        with self._answering() as client:
+            try:
+                return client is not None and bool(client.get_run(run_id))
+            except Exception as error:
+                if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return False
+
+    @contextmanager
+    def _answering(self) -> "Iterator[MlflowClient | None]":
+        """The client, None where nothing was ever tracked; what goes wrong is an error, unlike elsewhere."""
+        try:
+            nothing = self._database is not None and not self._database.exists()
+            yield None if nothing else self._client()
+        except Exception as error:
+            raise TrackingError(
+                f"MLflow must say which models are in use, but {self.uri} does not ({first_line(error)}); "
+                "start it, or name another with MLFLOW_TRACKING_URI"
+            ) from error
 
     def _client(self) -> "MlflowClient":
         if self._connected is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.conditions import Condition
-from ldm.diffusion_model import DiffusionModel
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.model import Autoencoder
 
 SIDE_PX = 64
@@ -19,7 +19,7 @@ BATCH, TOKENS, STEPS = 2, 7, 4
 SEED = 0
 
 
-def parity(model: Autoencoder | DiffusionModel, exported: Autoencoder | DiffusionModel) -> dict[str, Any]:
+def parity(model: Autoencoder | LatentDiffusion, exported: Autoencoder | LatentDiffusion) -> dict[str, Any]:
     """Largest differences between two models that ought to be one, on fixed random inputs."""
     outputs = [outputs_of(each) for each in (model, exported)]
     return {
@@ -31,9 +31,9 @@ def parity(model: Autoencoder | DiffusionModel, exported: Autoencoder | Diffusio
     }
 
 
-def outputs_of(model: Autoencoder | DiffusionModel) -> dict[str, Tensor]:
+def outputs_of(model: Autoencoder | LatentDiffusion) -> dict[str, Tensor]:
     """What is compared of a model."""
-    if isinstance(model, DiffusionModel):
+    if isinstance(model, LatentDiffusion):
         return noise_and_sample(model) | latent_and_reconstruction(model.autoencoder)
     return latent_and_reconstruction(model)
 
@@ -46,7 +46,7 @@ def latent_and_reconstruction(autoencoder: Autoencoder) -> dict[str, Tensor]:
     return {"latent": latent, "reconstruction": autoencoder.decode(latent)}
 
 
-def noise_and_sample(model: DiffusionModel) -> dict[str, Tensor]:
+def noise_and_sample(model: LatentDiffusion) -> dict[str, Tensor]:
     """What a diffusion model makes of random latents (B, C, h, w): its noise, and a few steps of DDIM."""
     config, condition = model.config, random_condition(model)
     generator = draws()
@@ -60,7 +60,7 @@ def noise_and_sample(model: DiffusionModel) -> dict[str, Tensor]:
     }
 
 
-def random_condition(model: DiffusionModel) -> Condition:
+def random_condition(model: LatentDiffusion) -> Condition:
     """Random conditions (B, ...) as the UNet gets them, whatever their kind."""
     unet, size, generator = model.config.unet, model.config.latent_size, draws()
     beside = unet.in_channels - model.config.latent_channels

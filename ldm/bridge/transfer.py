@@ -4,26 +4,21 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from safetensors.torch import load
-
 from datasets.keys import sha256_file
-from datasets.manifest import Manifest
-from datasets.store import Store
 from ldm.bridge import compvis, compvis_ldm, diffusers, diffusers_ldm
 from ldm.bridge.compvis_ldm_config import TARGETS, may_have_one_head
 from ldm.bridge.parity import parity, said
 from ldm.config import FirstStageModel
-from ldm.diffusion_model import DiffusionModel
 from ldm.errors import CheckpointError
-from ldm.model import WEIGHTS, Autoencoder
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.model import Autoencoder
 from ldm.model_folder import (
     AnyStored,
-    Origin,
     StoredDiffusion,
     StoredModel,
     appearing_whole,
     autoencoder_of,
-    diffusion_model_of,
+    latent_diffusion_of,
     write_model_folder,
 )
 
@@ -114,23 +109,9 @@ def first_stage_described(config: FirstStageModel, count: int) -> str:
     )
 
 
-def of_artifact(store: Store, manifest: Manifest) -> StoredModel:
-    """The first stage that our own training left in a store, with its averaged weights.
-
-    Raises:
-        CheckpointError: it is the identity, which has no weights.
-    """
-    config = FirstStageModel.model_validate(manifest.content.what["model"])
-    if config.kind == "identity":
-        raise CheckpointError("an exported first stage must have weights, and kind identity has none")
-    data = store.read(manifest, WEIGHTS)
-    [file] = [file for file in manifest.content.files if file.name == WEIGHTS]
-    return StoredModel(config, load(data), Origin(format="artifact", file=manifest.key, sha256=file.sha256))
-
-
-def ready(model: AnyStored) -> Autoencoder | DiffusionModel:
+def ready(model: AnyStored) -> Autoencoder | LatentDiffusion:
     """A stored model ready for use."""
-    return autoencoder_of(model) if isinstance(model, StoredModel) else diffusion_model_of(model)
+    return autoencoder_of(model) if isinstance(model, StoredModel) else latent_diffusion_of(model)
 
 
 def written_and_read(model: AnyStored, folder: Path, format: Format) -> AnyStored:

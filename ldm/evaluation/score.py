@@ -21,11 +21,12 @@ from ldm.evaluation import fidelity, reconstruction
 from ldm.evaluation.classifier import accuracy, train_classifier
 from ldm.evaluation.features import distance
 from ldm.evaluation.sets import MIN_SCORED, SETS, make_set, nchw, num_scored, sample_labels
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.latents import LatentContract, check_contract
-from ldm.model import LatentDiffusion
 from ldm.pictures import bars, png, side_by_side
 from ldm.stages.stage import Job, Result
-from ldm.stages.train_ldm import MAX_GRID_CLASSES, labelled_grid, load_model
+from ldm.stages.train_ldm import MAX_GRID_CLASSES, labelled_grid
+from ldm.stored_models import load_model
 from ldm.weights import FID_INCEPTION, inception_state
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from datasets.stream import SampleReader
 from ldm.config import Recipe
+from ldm.latent_diffusion import LatentDiffusion, class_condition
 from ldm.latents import LatentContract
-from ldm.model import LatentDiffusion
 from ldm.models.first_stage import FirstStage, decode_in_micro_batches
 from ldm.range import from_uint8, to_uint8
 from ldm.training.randomness import generator
@@ -82,8 +82,8 @@ def make_set(
     """The pictures of one of `SETS`."""
     count = num_scored(recipe, held_out)
     if name == "samples":
-        labels = sample_labels(len(model.classes), count)
-        return to_uint8(model.sample(labels, recipe.sampling, on_step=on_step))
+        condition = class_condition(model, sample_labels(len(model.classes), count))
+        return to_uint8(model.sample(condition, num=count, on_step=on_step, **dict(recipe.sampling)))
     if name == "noise":
         return decode_noise(model.first_stage, contract, model.latent_shape, count, recipe=recipe)
     start = count if name == "reference" else 0

@@ -65,9 +65,9 @@ def build(job: Job) -> Result:
     made = job.stage.find(job.store, job.recipe, job.inputs)
     if made is None:
         raise WorkerError(
-            f"all {len(parts)} shards must be encoded, but {len(parts) - len(done)} are not: workers ended with "
-            f"exit codes {cut_off} (-9 is killed, perhaps for want of memory); run it again, it continues, with "
-            "a lower encoding.workers if memory was short"
+            f"all {len(parts)} shards must be encoded, but {len(parts) - len(done)} are not: workers ended "
+            f"with exit codes {cut_off} (-9 is killed, perhaps for want of memory); run it again, it "
+            "continues, with a lower encoding.workers if memory was short"
         )
     return Result(files=made.content.files, statistics=dict(made.content.statistics))
 

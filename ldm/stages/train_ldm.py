@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from datasets.keys import canonical_json
 from datasets.manifest import Manifest
-from datasets.store import Store
 from datasets.stream import SampleReader
 from ldm.config import Recipe
-from ldm.errors import ModelNotFoundError
+from ldm.latent_diffusion import LatentDiffusion, assemble, class_condition
 from ldm.latents import check_contract, check_moments
-from ldm.model import WEIGHTS, Denoising, LatentDiffusion, assemble, build_denoising, load_first_stage
+from ldm.model import WEIGHTS, Denoising, build_denoising, load_first_stage
 from ldm.pictures import grid, png
 from ldm.range import to_uint8
 from ldm.stages.stage import Job, Result, Stage
 from ldm.stages.train_first_stage import last_values, loss_curves
+from ldm.stored_models import RAW
 from ldm.training.diffusion import DiffusionTrainee
 from ldm.training.loop import train
 
@@ -72,7 +72,7 @@ def build(job: Job) -> Result:
     raw = {name: value.contiguous() for name, value in trainee.networks.state_dict().items()}
     files = (
         job.put(WEIGHTS, save({name: value.contiguous() for name, value in trainee.ema.averages.items()})),
-        job.put("raw.safetensors", save(raw)),
+        job.put(RAW, save(raw)),
         job.put("history.json", canonical_json(history)),
     )
     parameters = sum(p.numel() for p in trainee.networks.parameters())
@@ -95,8 +95,8 @@ def sample_grid(model: LatentDiffusion, recipe: Recipe, *, per_class: int, steps
     labels = grid_labels(len(model.classes), per_class=per_class)
     # DDIM, because a look on the way has few steps, with which some samplers make no sense
     few = {"micro_batch": len(labels), "steps": steps, "sampler": "ddim"}
-    sampling = recipe.sampling.model_copy(update=few)
-    images = to_uint8(model.sample(labels, sampling))
+    condition = class_condition(model, labels)
+    images = to_uint8(model.sample(condition, num=len(labels), **(dict(recipe.sampling) | few)))
     columns = per_class * max(1, round(math.sqrt(len(labels)) / per_class))
     return png(grid(images, columns=columns, scale=max(1, 96 // images.shape[1])))
 
@@ -108,27 +108,6 @@ def labelled_grid(
     rows = classes[: len(images) // per_class] if classes else ()
     scale = max(1, 128 // images.shape[1])
     return png(grid(images, columns=per_class, scale=scale, row_labels=rows), text=text)
-
-
-def load_model(store: Store, manifest: Manifest, recipe: Recipe) -> LatentDiffusion:
-    """The model of an artifact, with its averaged weights, in evaluation mode."""
-    parent = manifest.content.parents["first_stage"]
-    first_stage = store.find(parent.stage, parent.key)
-    if first_stage is None:
-        raise ModelNotFoundError(
-            f"the first stage {parent.key[:12]} of model {manifest.short} is not in {store.uri}"
-        )
-    classes = manifest.content.statistics["classes"]
-    networks = build_denoising(recipe, num_classes=len(classes))
-    networks.load_state_dict(load(store.read(manifest, WEIGHTS)))
-    networks.eval().requires_grad_(False)
-    return assemble(
-        recipe,
-        networks,
-        load_first_stage(store, first_stage),
-        scale=manifest.content.statistics["scale"],
-        classes=classes,
-    )
 
 
 TRAIN_LDM = Stage(

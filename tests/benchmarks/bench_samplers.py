@@ -15,11 +15,10 @@ from torch import Tensor
 
 from datasets.store import Store
 from flows.models import recipe_of
-from ldm.config import Sampling
 from ldm.diffusion.samplers import SAMPLERS, STOCHASTIC
-from ldm.model import LatentDiffusion
+from ldm.latent_diffusion import LatentDiffusion, class_condition
 from ldm.pictures import curves
-from ldm.stages.train_ldm import load_model
+from ldm.stored_models import load_model
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(900)]
 STEPS = (5, 10, 20, 50, 200)
@@ -44,7 +43,7 @@ def drawer(model: LatentDiffusion, guidance: float) -> Callable[[str, int], Tens
 
     def draw(sampler: str, steps: int) -> Tensor:
         wanted = {"sampler": sampler, "steps": steps, "guidance": guidance, "micro_batch": NUM_SAMPLES}
-        return model.sample_latents(labels, Sampling.model_validate(wanted))
+        return model.sample_latents(class_condition(model, labels), num=NUM_SAMPLES, **wanted)
 
     return draw
 

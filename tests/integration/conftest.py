@@ -130,3 +130,65 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in CHAIN:
         request.found[stage] = make.fn(request, stage)
     return folder
+
+
+SMALL = [
+    "first_stage.model.channels=32",
+    "first_stage.model.channel_mult=[1, 1, 1]",
+    "first_stage.model.norm_groups=32",
+    "first_stage.model.num_codes=32",
+    "unet.model_channels=32",
+    "unet.context_dim=32",
+    "conditioning.context_dim=32",
+    "threads=1",
+    "sampling.micro_batch=2",
+    "sampling.steps=3",
+]
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str, str]]:
+    """Commits a model of random weights as training would, by the demo's recipe with overrides.
+
+    Returns the store and the first digits of the model's key.
+    """
+    import torch
+    from safetensors.torch import save
+
+    from datasets.keys import artifact_key
+    from datasets.manifest import Content, Parent
+    from datasets.store import Store
+    from ldm.model import WEIGHTS, build_denoising
+    from ldm.models.first_stage import build_first_stage
+    from ldm.recipe import load_recipe
+    from ldm.stages import STAGES
+    from ldm.stored_models import RAW
+
+    def make(*overrides: str) -> tuple[str, str]:
+        store = Store(tmp_path_factory.mktemp("small"))
+        recipe = load_recipe("demo", [*SMALL, *overrides])
+        torch.manual_seed(0)
+        first_stage = build_first_stage(recipe.first_stage.model)
+        averaged, raw = (build_denoising(recipe, num_classes=15) for _ in range(2))
+        for parameter in [*averaged.parameters(), *raw.parameters()]:
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+
+        def commit(stage: str, what: dict[str, Any], parents: dict[str, Any], files: dict[str, Any]) -> Any:
+            key = artifact_key(stage, 1, what=what, parents={role: m.digest for role, m in parents.items()})
+            states = {name: dict(module.state_dict()) for name, module in files.items()}
+            put = [
+                store.put(stage, key, name, save({n: t.contiguous() for n, t in state.items()}))
+                for name, state in states.items()
+            ]
+            facts = {"scale": 1.5, "classes": recipe.dataset.classes if recipe.conditioning else []}
+            above = {role: Parent(m.stage, m.key, m.digest) for role, m in parents.items()}
+            content = Content(stage, key, 1, what=what, parents=above, files=tuple(put), statistics=facts)
+            return store.commit(content, {"recipe": recipe.model_dump(mode="json")})
+
+        model = {"model": recipe.first_stage.model.model_dump(mode="json")}
+        below = commit("train-first-stage", model, {}, {WEIGHTS: first_stage})
+        what = STAGES["train-ldm"].what(recipe)
+        trained = commit("train-ldm", what, {"first_stage": below}, {WEIGHTS: averaged, RAW: raw})
+        return store.uri, trained.short
+
+    return make

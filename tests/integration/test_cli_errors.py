@@ -119,7 +119,7 @@ def test_weights_that_a_recipe_does_not_use_may_be_missing(monkeypatch: pytest.M
     [
         (
             "evaluate demo --model nope",
-            r"no model 'ldm-demo@nope' in .*; known: none; train one with `ldm train-ldm",
+            r"no model 'ldm-demo@nope' in .*; known: none; make one with `ldm train-ldm",
         ),
         ("evaluate demo --model ldm-x@champion", r"no model 'ldm-x@champion'"),
         ("evaluate demo --model 0123456789ab", r"no model '0123456789ab'"),

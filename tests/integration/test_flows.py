@@ -239,7 +239,7 @@ def test_sample_writes_a_grid_of_the_classes_asked_for(tiny_store: Path, tmp_pat
         str(tiny_store),
         "--output",
         str(output),
-        "--per-class",
+        "--num",
         "2",
         "--classes",
         "red",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import ldm
 from ldm.config import FirstStageModel
@@ -120,7 +121,7 @@ def test_a_trained_first_stage_is_exported_by_its_registered_name(
         (f"export {VQ} --format compvis", r"a model folder must hold a readable model.json"),
         (
             "export first-stage-x --format compvis",
-            r"no model 'first-stage-x' in .*; known: none; train one w",
+            r"no model 'first-stage-x' in .*; known: none; make one w",
         ),
     ],
 )
@@ -164,7 +165,7 @@ def test_a_whole_model_is_imported_and_sampled_by_class(
     cli: Cli, diffusion_model: Path, tmp_path: Path
 ) -> None:
     picture = tmp_path / "out.png"
-    few = ["--per-class", "1", "--steps", "2", "--output", str(picture)]
+    few = ["--num", "1", "--steps", "2", "--output", str(picture)]
     said = done(cli("sample", str(diffusion_model), "--classes", "3", "7", "--guidance", "2", *few))
     assert re.search(r"2\s+pictures\s+of\s+model", said)
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -179,6 +180,95 @@ def test_a_whole_model_is_exported_without_a_difference(
     said = done(cli("export", str(diffusion_model), "--format", format, "--output", str(tmp_path / "out")))
     for name in ("eps", "sample", "reconstruction"):
         assert re.search(rf"read back, largest difference of the {name}: 0 \(values up to [1-9]", said)
+
+
+@pytest.mark.parametrize("format", ["compvis", "diffusers"])
+@pytest.mark.parametrize(
+    ("overrides", "asked"),
+    [
+        ("diffusion.learn_log_variance=true", "--classes 3"),
+        ("conditioning={kind: caption, context_dim: 32, depth: 1}", "--prompt cat"),
+        ("conditioning=null unet.context_dim=null sampling.guidance=1", ""),
+    ],
+    ids=["classes", "captions", "unconditional"],
+)
+def test_a_trained_model_is_exported_with_its_averaged_weights(
+    cli: Cli,
+    small_model: Callable[..., tuple[str, str]],
+    tmp_path: Path,
+    format: str,
+    overrides: str,
+    asked: str,
+) -> None:
+    changes = re.split(r" (?=[a-z_.]+=)", overrides)
+    store, key = small_model("diffusion.objective=eps", *changes)
+    out = tmp_path / "out"
+    said = done(cli("export", key, "--store", store, "--format", format, "--output", str(out)))
+    assert re.search(r"latent diffusion model, .* scale 1.5, vq first stage, f = 4", said)
+    for name in ("eps", "sample", "latent", "reconstruction"):
+        assert re.search(rf"read back, largest difference of the {name}: 0 \(values up to ", said)
+    if format == "compvis":
+        files = [str(out / name) for name in ("config.yaml", "model.ckpt")]
+        done(cli("import", *files, "--output", str(tmp_path / "again")))
+        few = ["--num", "1", "--steps", "3", "--guidance", "1", "--micro-batch", "2", *asked.split()]
+        done(cli("sample", key, "--store", store, *few, "--output", str(tmp_path / "here")))
+        done(cli("sample", str(tmp_path / "again"), *few, "--output", str(tmp_path / "there")))
+        here, there = (Image.open(tmp_path / place / "00000.png") for place in ("here", "there"))
+        assert here.tobytes() == there.tobytes()
+
+
+def test_a_trained_model_is_exported_by_its_registered_name(
+    cli: Cli, tiny_store: Path, tmp_path: Path
+) -> None:
+    arguments = ["ldm-demo@candidate", "--store", str(tiny_store), "--output", str(tmp_path / "out")]
+    said = done(cli("export", *arguments, "--format", "diffusers"))
+    assert re.search(r"largest difference of the sample: 0 \(values up to ", said)
+    said = refusal(cli("export", *arguments[:3], "--format", "compvis", "--output", str(tmp_path / "no")))
+    assert re.search(r"32 groups in every GroupNorm, .* export it with --format diffusers", said)
+
+
+def test_an_imported_model_is_registered_and_found_by_its_name(cli: Cli, tmp_path: Path) -> None:
+    files = [str(CLASSES / name) for name in ("config.yaml", "model.ckpt")]
+    store = ["--store", str(tmp_path / "store")]
+    arguments = [*files, "--output", str(tmp_path / "classes"), "--register", "cin.small", *store]
+    said = done(cli("import", *arguments))
+    key = re.search(r"registered as cin.small, version 1: key ([0-9a-f]{12}) in ", said)
+    assert key is not None
+    few = ["--classes", "3", "--num", "1", "--steps", "2"]
+    made = []
+    for place, model in enumerate((str(tmp_path / "classes"), "cin.small", "cin.small@candidate", key[1])):
+        done(cli("sample", model, *few, *store, "--output", str(tmp_path / str(place))))
+        made.append(Image.open(tmp_path / str(place) / "00000.png"))
+    assert len({image.tobytes() for image in made}) == 1
+    assert len({json.dumps(image.info) for image in made}) == 1
+    done(cli("export", "cin.small", *store, "--format", "compvis", "--output", str(tmp_path / "back")))
+    assert key[1][:8] in done(cli("list", *store))
+    # the same model again is the same artifact, and the same version
+    again = [*files, "--output", str(tmp_path / "again"), "--register", "cin.small", *store]
+    assert re.search(rf"version 1: key {key[1]} in ", done(cli("import", *again)))
+    said = refusal(cli("sample", "nope", *store))
+    assert re.search(
+        r"known: cin.small \(key [0-9a-f]{12}\); make one with `ldm train-ldm RECIPE` or `ldm", said
+    )
+
+
+def test_a_registered_first_stage_is_found_too_but_not_sampled(cli: Cli, tmp_path: Path) -> None:
+    store = ["--store", str(tmp_path / "store")]
+    files = [str(VQ / "config.yaml"), str(VQ / "model.ckpt"), "--output", str(tmp_path / "vq")]
+    done(cli("import", *files, "--register", "published-vq", *store))
+    done(cli("export", "published-vq", *store, "--format", "diffusers", "--output", str(tmp_path / "out")))
+    said = refusal(cli("sample", "published-vq", *store, "--output", str(tmp_path / "x.png")))
+    assert re.search(r"published-vq holds a first stage, which has no samples of its own", said)
+
+
+@pytest.mark.parametrize("name", ["ldm-demo", "first-stage-x", "a/b", "a@b", "a b", ""])
+def test_a_name_that_trained_models_may_have_is_refused_before_the_import(
+    cli: Cli, tmp_path: Path, name: str
+) -> None:
+    files = [str(VQ / "config.yaml"), str(VQ / "model.ckpt"), "--output", str(tmp_path / "vq")]
+    said = refusal(cli("import", *files, "--register", name, "--store", str(tmp_path / "store")))
+    assert re.search(r"registered by a name of letters, digits .* choose another --register", said)
+    assert names(tmp_path) == set()
 
 
 def test_a_first_stage_is_not_sampled_and_has_no_heads_to_choose(

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from datasets.cats import CatPainter, draw_combinations
-from ldm.bridge.transfer import of_artifact
 from ldm.evaluation.reconstruction import psnr, ssim
 from ldm.evaluation.sets import nchw
 from ldm.model import load_first_stage
 from ldm.model_folder import write_model_folder
 from ldm.models.lpips import build_lpips
 from ldm.range import from_uint8, to_uint8
+from ldm.stored_models import stored_first_stage
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -92,7 +92,7 @@ def test_the_table_has_the_scores_of_each_picture_and_their_means(
 def test_a_model_folder_does_as_well_and_bands_change_nothing_to_see(
     cli: Cli, run: Callable[..., tuple[int, str, str]], vq_chain: Any, tmp_path: Path
 ) -> None:
-    write_model_folder(tmp_path / "model", of_artifact(vq_chain.store, vq_chain.first_stage))
+    write_model_folder(tmp_path / "model", stored_first_stage(vq_chain.store, vq_chain.first_stage))
     cats = save(tmp_path / "cats", large=cat(0, 256), tall=cat(1, 160).crop((20, 0, 100, 160)))
     plain = rows_of(run(cats)[1])
     arguments = ["reconstruct", str(cats), "--model", str(tmp_path / "model"), "--memory", "0.02"]

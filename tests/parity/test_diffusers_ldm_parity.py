@@ -18,7 +18,7 @@ from ldm.config import Diffusion, FirstStageModel
 from ldm.errors import CheckpointError
 from ldm.layout import first_stage_layout, networks_layout
 from ldm.model_config import LatentDiffusionModel
-from ldm.model_folder import Origin, StoredDiffusion, diffusion_model_of
+from ldm.model_folder import Origin, StoredDiffusion, latent_diffusion_of
 from ldm.network_config import ClassConditioning, LowResConditioning, UNetConfig
 
 pytestmark = pytest.mark.parity
@@ -115,7 +115,7 @@ def test_an_exported_model_computes_the_same_in_diffusers(name: str, diffusers: 
     lines = export_to_folder(stored, tmp_path / "out", format="diffusers")
     assert any("largest difference of the eps: 0 " in line for line in lines)
     theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
-    ours, condition = diffusion_model_of(stored), random_condition(stored)
+    ours, condition = latent_diffusion_of(stored), random_condition(stored)
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     t = torch.tensor([5, 800])
     eps = their_eps(theirs.unet, x, t, condition)
@@ -143,7 +143,7 @@ def test_an_unconditional_pipeline_draws_our_pictures(diffusers: Any, tmp_path: 
         batch_size=2, num_inference_steps=4, generator=torch.Generator().manual_seed(7), output_type="numpy"
     ).images
     start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
-    ours = diffusion_model_of(stored).sample(num=2, steps=4, start=start)
+    ours = latent_diffusion_of(stored).sample(num=2, steps=4, start=start)
     torch.testing.assert_close(torch.from_numpy(drawn).movedim(3, 1), (ours + 1) / 2, atol=1e-3, rtol=0)
 
 

@@ -22,7 +22,7 @@ from ldm.bridge.transfer import export_to_folder, import_to_folder
 from ldm.conditions import Condition, fields_of
 from ldm.diffusion.ddpm import posterior_mean
 from ldm.diffusion.editing import paste
-from ldm.diffusion_model import DiffusionModel
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.model_folder import read_model_folder
 
 pytestmark = pytest.mark.parity
@@ -44,19 +44,19 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def loaded(folder: Path, weights: Any) -> DiffusionModel:
+def loaded(folder: Path, weights: Any) -> LatentDiffusion:
     model = ldm.load(folder, weights=weights)
-    assert isinstance(model, DiffusionModel)
+    assert isinstance(model, LatentDiffusion)
     return model
 
 
-def condition_of(model: DiffusionModel, given: Mapping[str, Tensor]) -> Condition | None:
+def condition_of(model: LatentDiffusion, given: Mapping[str, Tensor]) -> Condition | None:
     """The condition of the stored inputs, whose names are our fields'."""
     fields = fields_of(model.config.conditioning)
     return model.condition(**{name: given[name] for name in fields}) if fields else None
 
 
-def of_networks(model: DiffusionModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def of_networks(model: LatentDiffusion, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """First stage, condition, one evaluation of the UNet, noise and losses."""
     condition, schedule = condition_of(model, given), model.schedule
     z, t, noise = given["latent"], given["t"], given["noise"]
@@ -88,7 +88,7 @@ def of_networks(model: DiffusionModel, given: Mapping[str, Tensor]) -> dict[str,
 
 
 def of_samplers(
-    model: DiffusionModel, given: Mapping[str, Tensor], stored: Mapping[str, Tensor]
+    model: LatentDiffusion, given: Mapping[str, Tensor], stored: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Every sampler, from the stored noise."""
     condition, start = condition_of(model, given), given["x_T"]
@@ -117,7 +117,7 @@ def of_samplers(
     return made
 
 
-def of_averages(model: DiffusionModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def of_averages(model: LatentDiffusion, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is stored of the averaged weights."""
     condition = condition_of(model, given)
     return {

@@ -20,8 +20,8 @@ from ldm.bridge.section import Section
 from ldm.bridge.transfer import export_to_folder, import_to_folder
 from ldm.conditions import Condition
 from ldm.diffusion.schedule import build_schedule
-from ldm.diffusion_model import DiffusionModel
 from ldm.errors import CheckpointError, ContractError
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.model_config import LatentDiffusionModel
 from ldm.model_folder import read_model_folder
 from ldm.models.conditioning import SpatialRescaler
@@ -181,17 +181,17 @@ def written(folder: Path, raw: dict[str, Any], state: dict[str, Tensor], **facts
     return folder / "config.yaml", folder / "model.ckpt"
 
 
-def loaded(folder: Path, weights: Any = None) -> DiffusionModel:
+def loaded(folder: Path, weights: Any = None) -> LatentDiffusion:
     model = ldm.load(folder, weights=weights)
-    assert isinstance(model, DiffusionModel)
+    assert isinstance(model, LatentDiffusion)
     return model
 
 
 @pytest.fixture
-def imported(tmp_path: Path) -> Callable[..., DiffusionModel]:
+def imported(tmp_path: Path) -> Callable[..., LatentDiffusion]:
     """Imports a model of a kind through its files and loads it."""
 
-    def make(kind: str, weights: Any = None, **choices: Any) -> DiffusionModel:
+    def make(kind: str, weights: Any = None, **choices: Any) -> LatentDiffusion:
         raw = published(kind)
         pair = written(tmp_path / "there", raw, state_of(raw))
         import_to_folder(*pair, output=tmp_path / "here", **choices)
@@ -221,7 +221,7 @@ def tokens_by_hand(parameters: dict[str, Any], state: dict[str, Tensor], tokens:
     return transformer(tokens).detach()
 
 
-def asked(kind: str, model: DiffusionModel, state: dict[str, Tensor]) -> tuple[dict[str, Any], Condition]:
+def asked(kind: str, model: LatentDiffusion, state: dict[str, Tensor]) -> tuple[dict[str, Any], Condition]:
     """Fields of a condition, and what the UNet ought to get of them, computed by hand."""
     match kind:
         case "class_label":
@@ -259,7 +259,7 @@ def asked(kind: str, model: DiffusionModel, state: dict[str, Tensor]) -> tuple[d
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_model_of_each_kind_is_imported_and_computes_what_its_parts_compute(
-    kind: str, imported: Callable[..., DiffusionModel]
+    kind: str, imported: Callable[..., LatentDiffusion]
 ) -> None:
     model, raw = imported(kind, "raw"), published(kind)
     state = state_of(raw)
@@ -292,7 +292,7 @@ def test_what_was_imported_is_written_back_key_for_key(kind: str, tmp_path: Path
 
 
 def test_weights_are_a_choice_and_averages_are_used_where_there_are_some(
-    imported: Callable[..., DiffusionModel], tmp_path: Path
+    imported: Callable[..., LatentDiffusion], tmp_path: Path
 ) -> None:
     averaged = imported("unconditional")
     folder = tmp_path / "here"
@@ -307,13 +307,13 @@ def test_weights_are_a_choice_and_averages_are_used_where_there_are_some(
     assert not torch.allclose(averaged.predict(x, t), loaded(folder, "raw").predict(x, t), atol=1e-3)
 
 
-def test_averages_that_are_not_there_are_refused(imported: Callable[..., DiffusionModel]) -> None:
+def test_averages_that_are_not_there_are_refused(imported: Callable[..., LatentDiffusion]) -> None:
     with pytest.raises(CheckpointError, match=r"no averaged weights; load it with weights=.raw."):
         imported("caption", "ema")
 
 
 def test_the_scale_of_a_checkpoint_and_that_of_a_config_both_multiply_latents(
-    imported: Callable[..., DiffusionModel], tmp_path: Path
+    imported: Callable[..., LatentDiffusion], tmp_path: Path
 ) -> None:
     model = imported("churches")
     assert model.config.scale == pytest.approx(0.7)
@@ -369,7 +369,7 @@ def test_a_checkpoint_that_pickles_a_class_is_read_as_data(
 
 
 def test_guidance_moves_from_the_null_condition_and_needs_one(
-    imported: Callable[..., DiffusionModel],
+    imported: Callable[..., LatentDiffusion],
 ) -> None:
     model = imported("class_label")
     condition = model.condition(class_label=torch.tensor([1]))
@@ -382,7 +382,7 @@ def test_guidance_moves_from_the_null_condition_and_needs_one(
 
 
 def test_the_pictures_of_a_seed_do_not_depend_on_how_many_there_are(
-    imported: Callable[..., DiffusionModel],
+    imported: Callable[..., LatentDiffusion],
 ) -> None:
     model = imported("unconditional")
     two = model.sample_latents(num=2, steps=3, eta=1.0, seed=4)
@@ -429,9 +429,9 @@ def test_the_pictures_of_a_seed_do_not_depend_on_how_many_there_are(
     ],
 )
 def test_what_a_model_does_not_take_is_refused(
-    imported: Callable[..., DiffusionModel],
+    imported: Callable[..., LatentDiffusion],
     kind: str,
-    call: Callable[[DiffusionModel], object],
+    call: Callable[[LatentDiffusion], object],
     message: str,
 ) -> None:
     model = imported(kind)

@@ -92,7 +92,11 @@ BROKEN = {
     ),
     "guidance without a null class": (
         ["conditioning.null_class=false", "conditioning.drop_rate=0"],
-        r"sampling\.guidance \(1\.5\) needs `conditioning` with a null condition; use 1",
+        r"sampling\.guidance \(1\.5\) needs `conditioning` with a null condition and a drop_rate above 0",
+    ),
+    "guidance with a null class that is never trained": (
+        ["conditioning.drop_rate=0"],
+        r"sampling\.guidance \(1\.5\) needs `conditioning` with a null .* which trains it; use 1 without",
     ),
     "dropping without a null class": (
         ["conditioning.null_class=false"],

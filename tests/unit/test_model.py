@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ldm.errors import ContractError
-from ldm.model import Autoencoder, assemble, build_denoising, load_first_stage
+from ldm.latent_diffusion import assemble
+from ldm.model import Autoencoder, build_denoising, load_first_stage
 from ldm.models.first_stage import VQModel
 
 
@@ -18,7 +19,7 @@ def test_predict_gives_the_noise_whatever_the_unet_was_trained_to_give(vq_chain,
         networks = build_denoising(recipe, num_classes=15)
         first_stage = load_first_stage(vq_chain.store, vq_chain.first_stage)
         model = assemble(recipe, networks, first_stage, scale=1.0, classes=recipe.dataset.classes)
-        found[objective] = model.predict(x_t, t, model.condition(torch.tensor([0, 1])))
+        found[objective] = model.predict(x_t, t, model.condition(class_label=torch.tensor([0, 1])))
     assert not found["eps"].any()  # an untrained UNet gives zeros
     alpha_bar = model.schedule.alpha_bar[t].float().view(-1, 1, 1, 1)
     torch.testing.assert_close(found["v"], (1 - alpha_bar).sqrt() * x_t)

@@ -5,8 +5,9 @@ import pytest
 
 from ldm.config import Recipe
 from ldm.evaluation.sets import SETS, decode_noise, make_set, num_scored, reconstruct, sample_labels
+from ldm.latent_diffusion import LatentDiffusion, assemble
 from ldm.latents import contract_of
-from ldm.model import LatentDiffusion, assemble, build_denoising, load_first_stage
+from ldm.model import build_denoising, load_first_stage
 
 
 @pytest.fixture(scope="module")

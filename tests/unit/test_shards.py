@@ -20,6 +20,8 @@ from datasets.samples import (
     encode_image,
     encode_latent,
     encode_png,
+    from_bfloat16_bits,
+    to_bfloat16_bits,
 )
 from datasets.shards import EXTENSIONS, read_shard, write_shard
 

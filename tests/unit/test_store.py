@@ -276,3 +276,68 @@ def test_in_a_local_store_scratch_and_work_are_one_file(tmp_path: Path) -> None:
     work = Store(tmp_path).work(STAGE, KEY)
     work.write("state", b"x")
     assert work.path("state").read_bytes() == b"x"
+
+
+def test_a_withdrawn_artifact_does_not_exist_and_comes_back_when_committed_again(store: Store) -> None:
+    manifest = committed(store)
+    store.withdraw(manifest)
+    assert store.find(STAGE, KEY) is None
+    assert store.folders() == [f"{STAGE}/{KEY[:16]}"]
+    assert store.commit(manifest.content, manifest.provenance) == manifest
+    assert store.read(manifest, "train-00000.tar") == b"data"
+
+
+def test_only_a_folder_without_a_manifest_is_discarded(store: Store) -> None:
+    manifest, other = committed(store), committed(store, key=OTHER_KEY)
+    folder = f"{STAGE}/{KEY[:16]}"
+    assert store.num_bytes(folder) > 4
+    store.discard(folder)
+    assert store.find(STAGE, KEY) == manifest
+    store.withdraw(manifest)
+    store.discard(folder)
+    store.discard(folder)  # removing what is gone is no error
+    assert store.folders() == [f"{STAGE}/{OTHER_KEY[:16]}"]
+    assert store.read(other, "train-00000.tar") == b"data"
+    with pytest.raises(CorruptionError, match="nothing is there"):
+        store.read(manifest, "train-00000.tar")
+
+
+@pytest.mark.parametrize(
+    "path", ["work/x", "encode-latents", f"work/{KEY[:16]}", f"cache/{KEY[:16]}/x", "../x"]
+)
+def test_nothing_else_is_discarded(store: Store, path: str) -> None:
+    with pytest.raises(ValueError, match="only the folder of an artifact can be discarded"):
+        store.discard(path)
+
+
+def test_a_strict_listing_refuses_what_a_lenient_one_leaves_out(tmp_path, caplog) -> None:
+    store = Store(tmp_path)
+    committed(store)
+    moved = tmp_path / STAGE / ("0" * 16) / "manifest.json"
+    moved.parent.mkdir()
+    moved.write_bytes((tmp_path / STAGE / KEY[:16] / "manifest.json").read_bytes())
+    assert len(store.manifests()) == 1
+    assert "must lie in the folder of its stage and key" in caplog.text
+    with pytest.raises(CorruptionError, match=r"0000/manifest.json must lie in the folder"):
+        store.manifests(strict=True)
+
+
+def test_work_areas_are_listed_with_their_size(store: Store) -> None:
+    assert store.work_areas() == {}
+    store.work(STAGE, KEY).write("state", b"12345")
+    (area,) = store.work_areas().values()
+    assert (list(store.work_areas()), area.num_bytes()) == ([f"{STAGE}/{KEY[:16]}"], 5)
+    assert area.read("state") == b"12345"
+    area.clear()
+    assert store.work_areas() == {}
+
+
+def test_manifests_from_elsewhere_are_remembered_and_are_no_artifacts(store: Store) -> None:
+    manifest = Manifest(content_of(), {"host": "a"})
+    store.remember(manifest)
+    store.remember(manifest)
+    assert store.remembered() == [manifest]
+    assert store.manifests() == []
+    assert store.find(STAGE, KEY) is None
+    with pytest.raises(StoreError, match="one key must name one content"):
+        store.remember(Manifest(content_of(a=1)))

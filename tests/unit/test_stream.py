@@ -12,7 +12,7 @@ from datasets.errors import ConfigError, CorruptionError
 from datasets.keys import sha256_hex
 from datasets.manifest import Content, FileRecord, Manifest
 from datasets.order import SampleOrder, sample_order
-from datasets.samples import encode_image, encode_latent
+from datasets.samples import encode_image, encode_latent, encode_png, from_bfloat16_bits
 from datasets.shards import write_shard
 from datasets.store import Store
 from datasets.stream import SampleReader, copy_value
