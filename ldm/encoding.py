@@ -200,10 +200,24 @@ def read_part(job: Job, part: int, record: FileRecord) -> Iterator[Chunk]:
     entries: list[Entry] = []
     for sample in read_shard(job.store.read(job.inputs["shards"], record.name)):
         entries += oriented(sample, orientations(encoding, record), picture=encoding.picture)
+        check_size(entries[-1], job.recipe.dataset.image_size_px)
         while len(entries) > encoding.micro_batch:  # not the last: more is to come
             yield Chunk(part, entries[: encoding.micro_batch], is_last=False)
             entries = entries[encoding.micro_batch :]
     yield Chunk(part, entries, is_last=True)
+
+
+def check_size(entry: Entry, size_px: int) -> None:
+    """Refuse a picture of another size than the contract will state.
+
+    Raises:
+        ContractError: naming both.
+    """
+    if entry.image.shape != (size_px, size_px, 3):
+        raise ContractError(
+            f"image_size_px: pictures must be {size_px} x {size_px}, but {entry.key} is "
+            f"{entry.image.shape[0]} x {entry.image.shape[1]}; build the image shards for this recipe"
+        )
 
 
 def oriented(sample: Sample, orientations: tuple[str, ...], *, picture: bool) -> Iterator[Entry]:

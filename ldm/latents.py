@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from datasets.manifest import Manifest
-from ldm.config import Recipe
+from ldm.config import FirstStageModel, Recipe
 from ldm.errors import ContractError
 from ldm.models.first_stage import FirstStage
 from ldm.models.gaussian import split_moments
@@ -74,6 +74,25 @@ def expected(recipe: Recipe, first_stage: Manifest) -> dict[str, Any]:
         "orientations": recipe.encoding.orientations,
         "scale_applied": False,
     }
+
+
+def check_first_stage(recipe: Recipe, first_stage: Manifest) -> None:
+    """Refuse to encode with a first stage of another network than the recipe's.
+
+    Raises:
+        ContractError: naming every setting that differs, with both sides.
+    """
+    has = FirstStageModel.model_validate(first_stage.content.what["model"])
+    differences = [
+        f"{name}: it has {getattr(has, name)!r}, this run needs {value!r}"
+        for name, value in recipe.first_stage.model
+        if getattr(has, name) != value
+    ]
+    if differences:
+        raise ContractError(
+            f"first stage {first_stage.short} does not fit this run: {'; '.join(differences)}; "
+            "train the recipe's own, or name its recipe"
+        )
 
 
 def weights_sha256(first_stage: Manifest) -> str:

@@ -19,7 +19,7 @@ from ldm.encoding import (
 )
 from ldm.encoding_workers import encode_in_workers
 from ldm.errors import WorkerError
-from ldm.latents import LatentContract, expected, pooled, scale_of
+from ldm.latents import LatentContract, check_first_stage, expected, pooled, scale_of
 from ldm.stages.stage import Job, Result, Stage
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -51,9 +51,10 @@ def need_bytes(recipe: Recipe, inputs: Mapping[str, Manifest]) -> int:
 
 def build(job: Job) -> Result:
     """Encode every shard that is not encoded yet; a racing run that was faster is believed."""
+    check_first_stage(job.recipe, job.inputs["first_stage"])
     try:
         cut_off = encode_all(job)
-    except StoreError:
+    except (StoreError, OSError):
         if not is_committed(job):  # else the work area was cleared in the midst of it
             raise
         cut_off = []

@@ -138,6 +138,24 @@ def test_halves_are_the_float32_latents_rounded(
     np.testing.assert_array_equal(found, rounded)
 
 
+def test_a_first_stage_of_another_network_is_refused(
+    tmp_path: Path, vq_chain: Chain, tiny_recipe: Callable[..., Recipe]
+) -> None:
+    job = job_in(Store(tmp_path), vq_chain, tiny_recipe("first_stage.model.num_codes=64"))
+    with pytest.raises(
+        ContractError, match=r"does not fit this run: num_codes: it has 32, this run needs 64;"
+    ):
+        STAGE.run(job, dict)
+
+
+def test_pictures_of_another_size_are_refused(
+    tmp_path: Path, vq_chain: Chain, tiny_recipe: Callable[..., Recipe]
+) -> None:
+    job = job_in(Store(tmp_path), vq_chain, tiny_recipe("dataset.image_size_px=64"))
+    with pytest.raises(ContractError, match=r"image_size_px: pictures must be 64 x 64, but \d+ is 32 x 32"):
+        STAGE.run(job, dict)
+
+
 def test_what_float16_cannot_hold_is_refused() -> None:
     with pytest.raises(ContractError, match=r"float16 must lie within 65504, got numbers up to 70000"):
         as_stored(torch.full((1, 1, 1, 1), -7e4), "float16")
