@@ -1,4 +1,4 @@
-"""Encoding under kills and races, on a disk and on a real S3 server: the same bytes, and nothing done twice."""
+"""Encoding under kills and races, on a disk and on a real S3 server: same bytes, and nothing done twice."""
 
 from __future__ import annotations
 
