@@ -101,6 +101,13 @@ def write_whole(
         temporary.unlink(missing_ok=True)
 
 
+def _unless_shared(_function: object, _path: str, info: tuple[type, BaseException, object]) -> None:
+    """Raise what kept a folder from being removed, unless it was another process at work in it."""
+    error = info[1]
+    if not (isinstance(error, OSError) and error.errno in {errno.ENOENT, errno.ENOTEMPTY}):
+        raise error
+
+
 class LocalBlobs:
     """Blobs below a local folder: a temporary file, fsync, then link or rename, then fsync of the folder."""
 
@@ -193,8 +200,8 @@ class LocalBlobs:
 
     def remove_folder(self, folder: str) -> None:
         """Remove a folder and all in it, if it exists."""
-        with translated(self.address(folder)), contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.root / folder)
+        with translated(self.address(folder)):
+            shutil.rmtree(self.root / folder, onerror=_unless_shared)
 
     def discard(self, folder: str) -> None:
         """Remove a folder so that nobody sees a part of it: it gets another name first."""

@@ -24,10 +24,12 @@ LATENT_MEMBER = "npy"
 ABOUT_MEMBER = "json"
 
 PNG_LEVEL = 6
-LATENT_TYPES = (np.dtype("<f4"), np.dtype("<f2"))
+BFLOAT16_BITS = np.dtype("<u2")
+"""npy has no bfloat16: its bits are stored, the upper half of a float32's."""
+LATENT_TYPES = (np.dtype("<f4"), np.dtype("<f2"), BFLOAT16_BITS)
 
 _NPY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '(<f[24])', 'fortran_order': False, "
+    rb"\x93NUMPY\x01\x00..\{'descr': '(<f[24]|<u2)', 'fortran_order': False, "
     rb"'shape': \((\d{1,9}), (\d{1,9}), (\d{1,9})\), \} *\n",
     re.DOTALL,
 )
@@ -87,33 +89,48 @@ def decode_image(sample: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]
     return decode_png(_member(sample, IMAGE_MEMBER)), _about(sample)
 
 
-def encode_latent(key: str, latent: np.ndarray, *, about: Mapping[str, Any]) -> Sample:
+def to_bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """Return the bits, uint16, of finite float32 values rounded to bfloat16: to nearest, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16_bits(bits: np.ndarray) -> np.ndarray:
+    """Return the float32 values of bfloat16 bits (uint16), exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def encode_latent(
+    key: str, latent: np.ndarray, *, about: Mapping[str, Any], picture: bytes | None = None
+) -> Sample:
     """Return the sample of a latent.
 
     Args:
         key: The sample's key, a plain word.
-        latent: float32 or float16 (C, h, w), finite.
+        latent: float32 or float16, or the bits of bfloat16 as uint16, (C, h, w), finite.
         about: What is known of it, JSON values; ``class_label`` is the one that training reads.
+        picture: The picture it is the latent of, as ``encode_png`` gives it, to be kept beside it.
 
     Raises:
         ValueError: When the array has another type or shape, or holds NaN or infinity.
     """
-    if (
-        latent.dtype.newbyteorder("<") not in LATENT_TYPES
-        or latent.ndim != 3
-        or not np.isfinite(latent).all()
-    ):
+    dtype = latent.dtype.newbyteorder("<")
+    values = from_bfloat16_bits(latent) if dtype == BFLOAT16_BITS else latent
+    if dtype not in LATENT_TYPES or latent.ndim != 3 or not np.isfinite(values).all():
         raise ValueError(
-            "a latent must be finite float32 or float16 (C, h, w), "
+            "a latent must be finite float32 or float16, or bits of bfloat16, (C, h, w), "
             f"got {latent.dtype} {latent.shape}; look at what the encoder returned"
         )
     buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(latent, latent.dtype.newbyteorder("<")), allow_pickle=False)
-    return {KEY: key, LATENT_MEMBER: buffer.getvalue(), ABOUT_MEMBER: canonical_json(about)}
+    np.save(buffer, np.ascontiguousarray(latent, dtype), allow_pickle=False)
+    sample = {KEY: key, LATENT_MEMBER: buffer.getvalue(), ABOUT_MEMBER: canonical_json(about)}
+    return sample if picture is None else sample | {IMAGE_MEMBER: picture}
 
 
 def decode_latent(sample: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return latent, float (C, h, w) of the type stored, and what is known of it; the latent is read-only.
+    """Return latent (C, h, w) of the type stored, and what is known of it; the latent is read-only.
+
+    uint16 are the bits of bfloat16, see ``from_bfloat16_bits``.
 
     Raises:
         CorruptionError: When a member is missing or cannot be decoded.

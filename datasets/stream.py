@@ -21,7 +21,7 @@ from datasets.errors import ConfigError, CorruptionError
 from datasets.manifest import FileRecord, Manifest
 from datasets.order import SampleOrder
 from datasets.recently_used import RecentlyUsed
-from datasets.samples import IMAGE_MEMBER, LATENT_MEMBER, decode_image, decode_latent
+from datasets.samples import BFLOAT16_BITS, IMAGE_MEMBER, LATENT_MEMBER, decode_image, decode_latent
 from datasets.shards import KEY, read_shard
 from datasets.store import Store
 
@@ -37,9 +37,10 @@ Layout = tuple[str, tuple[int, ...], str]
 
 Decode = Callable[[Mapping[str, Any]], tuple[np.ndarray, dict[str, Any]]]
 DECODERS: dict[str, tuple[str, Decode]] = {
-    IMAGE_MEMBER: ("image", decode_image),
-    LATENT_MEMBER: ("latent", decode_latent),
+    "latent": (LATENT_MEMBER, decode_latent),
+    "image": (IMAGE_MEMBER, decode_image),
 }
+"""How each field is read, the one first that is read where a sample has both and none is asked for."""
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,21 @@ def _caption(about: Mapping[str, Any], record: FileRecord) -> str:
     return caption
 
 
-def decode_shard(data: bytes, record: FileRecord, *, captions: bool = False) -> DecodedShard:
-    """Return a shard's samples as arrays; pictures or latents is seen from its first sample's members.
+def decode_shard(
+    data: bytes, record: FileRecord, *, field: str | None = None, captions: bool = False
+) -> DecodedShard:
+    """Return a shard's samples as arrays.
 
     Args:
         data: The shard.
         record: What its manifest says of it.
+        field: ``"image"`` or ``"latent"``; by default the latent where the first sample has one.
         captions: Whether to keep them.
 
     Raises:
         CorruptionError: When the shard is damaged, its samples differ in kind or shape, or their number is
             not the record's count.
+        ConfigError: When the samples do not have the field asked for.
     """
     samples = list(read_shard(data))
     if len(samples) != record.count:
@@ -108,13 +113,19 @@ def decode_shard(data: bytes, record: FileRecord, *, captions: bool = False) -> 
             f"{record.name} must hold {record.count} samples, but holds {len(samples)}; "
             "build its artifact again"
         )
-    member = next((member for member in DECODERS if samples and member in samples[0]), None)
-    if member is None:
+    held = [name for name, (member, _) in DECODERS.items() if samples and member in samples[0]]
+    if not held:
         raise CorruptionError(
-            f"samples of {record.name} must have a member of {sorted(DECODERS)}, which its first lacks; "
-            "build its artifact again"
+            f"samples of {record.name} must have a member of {sorted(m for m, _ in DECODERS.values())}, "
+            "which its first lacks; build its artifact again"
         )
-    field, decode = DECODERS[member]
+    field = held[0] if field is None else field
+    if field not in held:
+        raise ConfigError(
+            f"samples of {record.name} must have the field {field!r} that is asked for, but have {held}; "
+            "for pictures beside latents, encode with encoding.picture=true"
+        )
+    _, decode = DECODERS[field]
     decoded = [decode(sample) for sample in samples]
     layouts = {(value.shape, value.dtype.str) for value, _ in decoded}
     if len(layouts) > 1:
@@ -132,17 +143,20 @@ def decode_shard(data: bytes, record: FileRecord, *, captions: bool = False) -> 
 
 
 def copy_value(target: np.ndarray, value: np.ndarray) -> None:
-    """Copy a stored value into its place in a batch; finite halves become float32 on the way.
+    """Copy a stored value into its place in a batch; halves and bits of bfloat16 become float32 on the way.
 
     numpy turns halves into floats one by one. Shifting a half's exponent and fraction to where a float32
     has them leaves a number that is 2^112 times too small, since the biases are 15 and 127; the product is
     exact, also for halves below the normal ones.
     """
-    if value.dtype != np.float16:
+    if value.dtype.kind == target.dtype.kind and value.dtype != np.float16:
         target[...] = value
         return
     bits = target.view(np.int32)
     bits[...] = value.view(np.int16)
+    if value.dtype == BFLOAT16_BITS:
+        bits <<= 16
+        return
     bits <<= 13
     bits &= _HALF_BITS
     target *= _HALF_BIAS
@@ -158,6 +172,8 @@ class SampleReader:
         store: Where the artifact lies.
         manifest: The artifact; its shards are named ``<split>-00000.tar`` and on, and state their counts.
         split: ``"train"`` or ``"held_out"``, or whatever else the artifact holds.
+        field: ``"image"`` or ``"latent"``; by default the latent where there is one. Two readers of one
+            artifact give latents and the pictures beside them under the same indices.
         captions: Whether to read captions too.
         cache_bytes: The bound on decoded shards; the one in use is kept even if it is larger.
 
@@ -171,12 +187,13 @@ class SampleReader:
         manifest: Manifest,
         *,
         split: str,
+        field: str | None = None,
         captions: bool = False,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._store = store
         self._manifest = manifest
-        self._captions = captions
+        self._field, self._captions = field, captions
         shards = [record for record in manifest.content.files if _SHARD.fullmatch(record.name)]
         wanted = [record for record in shards if record.name.rpartition("-")[0] == split]
         self._records = sorted((record for record in wanted if record.count), key=lambda record: record.name)
@@ -243,9 +260,8 @@ class SampleReader:
     def _decoded(self, shard: int) -> tuple[DecodedShard, int]:
         """Return a shard, verified and decoded, and the memory it takes."""
         record = self._records[shard]
-        decoded = decode_shard(
-            self._store.read_cached(self._manifest, record.name), record, captions=self._captions
-        )
+        data = self._store.read_cached(self._manifest, record.name)
+        decoded = decode_shard(data, record, field=self._field, captions=self._captions)
         return decoded, decoded.num_bytes
 
     def _require_alike(self, layout: Layout, decoded: DecodedShard, shard: int) -> None:

@@ -230,13 +230,34 @@ class FirstStageRecipe(Config):
         return self
 
 
+Orientation = Literal["as_is", "mirrored"]
+
+
 class Encoding(Config):
     """How the corpus becomes latents."""
 
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of the stored latents."""
     micro_batch: int = Field(default=64, gt=0)
     """Pictures per forward pass, the last one padded; part of the bits."""
+    orientations: tuple[Orientation, ...] = ("as_is",)
+    """`[as_is, mirrored]` stores each training picture twice, the second time mirrored left to right: two
+    samples, of which an epoch has each once. Held-out pictures are stored as they are."""
+    picture: bool = False
+    """Keep the cropped picture (lossless, 8 bits) beside its latent, for tasks that need pixels."""
+    workers: int = Field(default=1, ge=1)
+    """Processes that encode side by side, each with `threads` threads; the bytes are the same for any number,
+    so it is no part of the key."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Pictures are stored as they are, and mirrored beside it or not."""
+        if self.orientations not in {("as_is",), ("as_is", "mirrored")}:
+            raise ValueError(
+                f"orientations must be [as_is] or [as_is, mirrored], got [{', '.join(self.orientations)}]; "
+                "choose one of them"
+            )
+        return self
 
 
 class Diffusion(Config):

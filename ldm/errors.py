@@ -6,6 +6,7 @@
     |-- CheckpointError     a foreign checkpoint is damaged, hostile, or does not fit its config
     |-- WeightsError        packaged weights are missing or are not the bytes expected
     |-- TrainingError       a run cannot go on (loss not finite too often, a checkpoint of another recipe)
+    |-- WorkerError         processes of a run ended before their work was done
     |-- TrackingError       MLflow cannot be asked what must be known before something is removed
     `-- ModelNotFoundError  no finished model has the name or the key asked for
 
@@ -36,6 +37,10 @@ class WeightsError(LdmError):
 
 class TrainingError(LdmError):
     """Training had to stop before its end."""
+
+
+class WorkerError(LdmError):
+    """Processes of a run ended before their work was done."""
 
 
 class TrackingError(LdmError):

@@ -9,7 +9,7 @@ from datasets.keys import artifact_key
 from datasets.manifest import Content, Manifest
 from datasets.store import Store
 from ldm.config import FirstStageModel, Recipe
-from ldm.errors import CheckpointError, ModelNotFoundError
+from ldm.errors import CheckpointError, ContractError, ModelNotFoundError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.model import WEIGHTS, first_stage_weights
 from ldm.model_config import Weights, model_config_of
@@ -57,6 +57,7 @@ def stored_diffusion(
 
     Raises:
         ModelNotFoundError: its first stage is not in the store.
+        ContractError: another first stage is in its place.
     """
     parent = manifest.content.parents["first_stage"]
     first_stage = store.find(parent.stage, parent.key)
@@ -65,6 +66,7 @@ def stored_diffusion(
             f"the first stage {parent.key[:12]} of model {manifest.short} is not in {store.uri}; "
             "train the model again"
         )
+    require_first_stage(manifest, first_stage)
     facts = manifest.content.statistics
     config = model_config_of(recipe, scale=facts["scale"], classes=facts["classes"])
     # what weighed the loss stays in training, and sampling has no use for it
@@ -77,6 +79,20 @@ def stored_diffusion(
         ema={},
         origin=origin_of(manifest, name),
     )
+
+
+def require_first_stage(manifest: Manifest, first_stage: Manifest) -> None:
+    """Refuse to decode with another first stage than the one whose latents a model was trained on.
+
+    Raises:
+        ContractError: naming both.
+    """
+    needed = manifest.content.parents["first_stage"].digest
+    if first_stage.digest != needed:
+        raise ContractError(
+            f"first_stage: model {manifest.short} was trained on latents of {needed[:12]}, but is to be "
+            f"decoded by {first_stage.digest[:12]}; train it again on latents of this first stage"
+        )
 
 
 def load_model(

@@ -60,7 +60,8 @@ def build(job: Job) -> Result:
     reads_captions = "caption" in fields_of(recipe.conditioning)
     reader = SampleReader(job.store, latents, split="train", captions=reads_captions)
     held_out = SampleReader(job.store, latents, split="held_out", captions=reads_captions)
-    first = reader.fetch(range(min(MOMENT_SAMPLES, len(reader))))["latent"]
+    count = min(MOMENT_SAMPLES, len(reader))
+    first = reader.in_order(recipe.training.seed, position=0, count=count)["latent"]
     check_moments(torch.from_numpy(first), first_stage, contract)
     classes = latents.content.statistics["classes"] if recipe.conditioning else []
 

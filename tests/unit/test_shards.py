@@ -20,6 +20,8 @@ from datasets.samples import (
     encode_image,
     encode_latent,
     encode_png,
+    from_bfloat16_bits,
+    to_bfloat16_bits,
 )
 from datasets.shards import EXTENSIONS, read_shard, write_shard
 
@@ -221,6 +223,32 @@ def test_a_picture_survives_its_sample_bit_for_bit() -> None:
     assert about == {"class_label": 3, "caption": "\u00e9"}
 
 
+def test_bits_of_bfloat16_survive_their_sample_and_only_finite_ones_are_taken() -> None:
+    values = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
+    stored, _ = decode_latent(encode_latent("a", to_bfloat16_bits(values), about={}))
+    assert stored.dtype == np.uint16
+    np.testing.assert_array_equal(stored, to_bfloat16_bits(values))
+    infinite = np.full((1, 1, 1), 0x7F80, np.uint16)
+    with pytest.raises(ValueError, match="latent must be finite"):
+        encode_latent("a", infinite, about={})
+
+
+def test_rounding_to_bfloat16_is_to_nearest_with_ties_to_even() -> None:
+    values = np.array([1.0, 1.00390625, 1.01171875, 1.00390637, -1.00390625, 3.4e-39, 65505.0], np.float32)
+    rounded = from_bfloat16_bits(to_bfloat16_bits(values))
+    expected = np.array([1.0, 1.0, 1.015625, 1.0078125, -1.0, 3.3978e-39, 65536.0], np.float32)
+    np.testing.assert_allclose(rounded, expected, rtol=1e-4)
+    np.testing.assert_array_equal(to_bfloat16_bits(rounded), to_bfloat16_bits(values))
+
+
+def test_a_picture_is_kept_beside_a_latent() -> None:
+    png = encode_png(picture())
+    sample = encode_latent("a", np.ones((1, 2, 2), np.float32), about={"class_label": 3}, picture=png)
+    [read] = read_shard(write_shard([sample]))
+    np.testing.assert_array_equal(decode_image(read)[0], picture())
+    np.testing.assert_array_equal(decode_latent(read)[0], np.ones((1, 2, 2)))
+
+
 @pytest.mark.parametrize("dtype", ["<f4", "<f2", ">f4"])
 def test_a_latent_survives_its_sample_bit_for_bit(dtype: str) -> None:
     latent = np.random.default_rng(0).standard_normal((8, 5, 6)).astype(dtype)
@@ -277,7 +305,7 @@ def test_only_rgb_bytes_are_pictures(image: np.ndarray) -> None:
     "latent", [np.zeros((2, 2)), np.zeros((2, 2), np.float32), np.full((1, 2, 2), np.nan, np.float32)]
 )
 def test_only_finite_single_or_half_floats_are_latents(latent: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="latent must be finite float32 or float16"):
+    with pytest.raises(ValueError, match="latent must be finite float32 or float16, or bits of bfloat16"):
         encode_latent("a", latent, about={})
 
 

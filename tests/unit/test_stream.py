@@ -12,7 +12,7 @@ from datasets.errors import ConfigError, CorruptionError
 from datasets.keys import sha256_hex
 from datasets.manifest import Content, FileRecord, Manifest
 from datasets.order import SampleOrder, sample_order
-from datasets.samples import encode_image, encode_latent
+from datasets.samples import encode_image, encode_latent, encode_png, from_bfloat16_bits
 from datasets.shards import write_shard
 from datasets.store import Store
 from datasets.stream import SampleReader, copy_value
@@ -212,6 +212,36 @@ def test_every_finite_half_becomes_the_same_number() -> None:
     copy_value(found, halves)
     assert len(halves) == 2 * 31 * 1024
     np.testing.assert_array_equal(found.view(np.int32), halves.astype(np.float32).view(np.int32))
+
+
+def test_every_bfloat16_becomes_the_number_it_stands_for(store) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    finite = bits[np.isfinite(from_bfloat16_bits(bits))]
+    sample = encode_latent("a", finite.reshape(1, 2, -1), about={})
+    batch = SampleReader(store, artifact(store, {"train-00000": [sample]}), split="train").fetch([0])
+    assert batch["latent"].dtype == np.float32
+    found = batch["latent"].reshape(-1).view(np.uint32)
+    np.testing.assert_array_equal(found, finite.astype(np.uint32) << 16)
+
+
+def test_of_latents_with_pictures_either_is_read_by_one_index(store) -> None:
+    samples = [
+        encode_latent(f"{i:09d}", latent(i), about={"class_label": i}, picture=encode_png(picture(i)))
+        for i in range(4)
+    ]
+    manifest = artifact(store, {"train-00000": samples})
+    latents = SampleReader(store, manifest, split="train").in_order(7, position=1, count=3)
+    pictures = SampleReader(store, manifest, split="train", field="image").in_order(7, position=1, count=3)
+    assert latents["key"] == pictures["key"]
+    for row, key in enumerate(latents["key"]):
+        np.testing.assert_array_equal(latents["latent"][row], latent(int(key)))
+        np.testing.assert_array_equal(pictures["image"][row], picture(int(key)))
+
+
+def test_a_field_that_samples_lack_is_told(store) -> None:
+    manifest = artifact(store, {"train-00000": [encode_latent("a", latent(0), about={})]})
+    with pytest.raises(ConfigError, match=r"have the field 'image' that is asked for, but have \['latent'\]"):
+        SampleReader(store, manifest, split="train", field="image").fetch([0])
 
 
 def test_an_epoch_through_the_reader_holds_every_sample_once(store) -> None:
