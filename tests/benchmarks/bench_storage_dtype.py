@@ -1,9 +1,8 @@
 """What the type of stored latents costs: bytes of a picture against PSNR and rFID of its reconstruction.
 
-    BENCH_STORE=./artifacts BENCH_RECIPE=demo make bench
-
-measures a trained first stage of a store, otherwise it is a tiny one of the tests. Pictures are the first held-out ones (BENCH_IMAGES of them, 400 by default). Each is encoded once, stored in
-every type, read back and decoded; rFID is between reconstructions and their own originals.
+Reads the first stage of a recipe (BENCH_RECIPE) from the store that BENCH_STORE names, otherwise a tiny one of
+the tests. Pictures are the first held-out ones (BENCH_IMAGES of them, 400 by default). Each is encoded once,
+stored in every type, read back and decoded; rFID is between reconstructions and their own originals.
 """
 
 from __future__ import annotations
