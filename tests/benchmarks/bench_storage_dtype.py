@@ -1,6 +1,6 @@
 """What the type of stored latents costs: bytes of a picture against PSNR and rFID of its reconstruction.
 
-Reads the first stage of a recipe (BENCH_RECIPE) from the store that BENCH_STORE names, otherwise a tiny one of
+Reads the first stage of a recipe (BENCH_RECIPE) from the store that BENCH_STORE names, else a tiny one of
 the tests. Pictures are the first held-out ones (BENCH_IMAGES of them, 400 by default). Each is encoded once,
 stored in every type, read back and decoded; rFID is between reconstructions and their own originals.
 """
