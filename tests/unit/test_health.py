@@ -13,6 +13,7 @@ from datasets.stream import SampleReader
 from ldm.config import Recipe
 from ldm.errors import TrainingError
 from ldm.health_page import MAX_POINTS, health_page, thinned
+from ldm.latents import STORED
 from ldm.latents import moments as corpus_moments
 from ldm.models.lpips import LPIPS
 from ldm.training.first_stage import FirstStageTrainee
@@ -150,7 +151,7 @@ def test_channels_are_measured_as_the_corpus_is(kind: str) -> None:
 
     stored = torch.randn(5, 6, 4, 4, generator=torch.Generator().manual_seed(0)) + 0.3
     model = (KLModel if kind == "kl" else VQModel).__new__(KLModel if kind == "kl" else VQModel)
-    corpus = corpus_moments(model, stored, kind)
+    corpus = corpus_moments(model, stored, STORED[kind])
     mean = np.array(corpus["sum"]) / corpus["count"]
     std = np.sqrt(np.array(corpus["squares"]) / corpus["count"] - mean**2)
     found = channel_moments(stored, kind=kind)
