@@ -23,7 +23,7 @@ help: ## list the targets (the default)
 	@echo "  ARGS=...           more arguments for demo and cats-64: make demo ARGS='--set training.num_images=1000'"
 	@echo "  PYTEST_ARGS=...    arguments for the tests: make test PYTEST_ARGS='-k shards'"
 
-setup: ## create the environment of requirements.lock in .venv (7.2 GB, 3 to 4 minutes; at once when it is there)
+setup: ## create the environment of requirements.lock in .venv (8 GB, 3 to 4 minutes; at once when it is there)
 	@$(GUARDED) infra/setup.sh
 
 lock: ## compile requirements.lock from pyproject.toml (needs uv)

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly NEED_BYTES=11000000000 # 7.2 GB installed, and the archives pip keeps until the end
+readonly NEED_BYTES=11000000000 # 8 GB installed, and the archives pip keeps until the end
 root=$(pwd -P)
 digest=$(sha256sum requirements.lock)
 home=.env/${digest:0:12}
@@ -64,7 +64,7 @@ build() {
     python=$(find_python)
     rm -rf "$home"
     require_space
-    echo "setup: installing requirements.lock into $home: 3 to 4 minutes on two cores, 7.2 GB of disk" \
+    echo "setup: installing requirements.lock into $home: 3 to 4 minutes on two cores, 8 GB of disk" \
         "(log: $home.log)"
     : >"$home.log"
     run_logged "creating the environment" "$python" -m venv "$home"
