@@ -2,8 +2,9 @@
 
     BENCH_STORE=./artifacts BENCH_RECIPE=demo make bench
 
-measures a trained first stage of a store, otherwise it is a tiny one of the tests. Pictures are the first held-out ones (BENCH_IMAGES of them, 400 by default). Each is encoded once, stored in
-every type, read back and decoded; rFID is between reconstructions and their own originals.
+measures a trained first stage of a store; without a store it is a tiny one of the tests. Pictures are the
+first held-out ones (BENCH_IMAGES of them, 400 by default). Each is encoded once, stored in every type, read
+back and decoded; rFID is between reconstructions and their own originals.
 """
 
 from __future__ import annotations
