@@ -21,7 +21,8 @@ class FileCache:
 
     Args:
         folder: Where the files lie; nothing else may lie there.
-        max_bytes: The bound on their sizes together.
+        max_bytes: The bound on their sizes together; those who keep one at the same moment may each go beyond
+            it by that file.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int) -> None:
@@ -64,11 +65,18 @@ class FileCache:
 
     def _make_room(self, num_bytes: int) -> None:
         """Remove the least recently used files until so many bytes more are within the bound."""
-        with contextlib.suppress(FileNotFoundError):
-            files = [(file.stat(), file.path) for file in os.scandir(self._folder)]
-            held_bytes = sum(about.st_size for about, _ in files)
-            for about, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
-                if held_bytes + num_bytes <= self._max_bytes:
-                    break
-                Path(path).unlink(missing_ok=True)
-                held_bytes -= about.st_size
+        files = self._files()
+        held_bytes = sum(about.st_size for about, _ in files)
+        for about, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
+            if held_bytes + num_bytes <= self._max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            held_bytes -= about.st_size
+
+    def _files(self) -> list[tuple[os.stat_result, Path]]:
+        """Return what lies here, of killed writers too; others may be removing some of it."""
+        found = []
+        for path in self._folder.glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                found.append((path.stat(), path))
+        return found

@@ -55,7 +55,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 2,
-        ahead: int = 4,
+        ahead: int = 8,
     ) -> None:
         if not 0 <= rank < world_size <= batch_size:
             raise ConfigError(

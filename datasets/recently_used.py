@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -35,9 +35,19 @@ class RecentlyUsed(Generic[Key, Value]):
         self._places: OrderedDict[Key, _Place[Value]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __contains__(self, key: Key) -> bool:
-        """Whether the thing of a key is kept, or being made."""
-        return key in self._places
+    def next_of(self, keys: Iterable[Key]) -> Key:
+        """Return the key to ask for first: of a thing that is kept, else of one that nobody is making.
+
+        So what is kept is used before something new pushes it out, and threads that need the same things make
+        different ones.
+        """
+        places = {key: self._places.get(key) for key in keys}
+
+        def readiness(key: Key) -> int:
+            place = places[key]
+            return 1 if place is None else 0 if place.made is not None else 2
+
+        return min(places, key=readiness)
 
     def get(self, key: Key) -> Value:
         """Return the thing of a key, made if it is not kept."""

@@ -33,9 +33,9 @@ MANIFEST = "manifest.json"
 WORK = "work"
 LINEAGE = "lineage"
 DEFAULT_ROOT = "./artifacts"
+FOLDER_PATTERN = re.compile(r"[0-9a-f]{16}")
 CACHE_BYTES = 64 << 30
 OUTAGE_S = 180.0
-FOLDER_PATTERN = re.compile(r"[0-9a-f]{16}")
 
 _log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ Legend: B batch; H W height and width in pixels; C h w channels, height and widt
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +32,9 @@ _HALF_BITS = np.int32(-0x70002000)  # the sign, and the lower 15 bits of a half 
 _HALF_BIAS = np.float32(2.0**112)
 _SHARD = re.compile(r".+-\d{5,}\.tar")
 
+Layout = tuple[str, tuple[int, ...], str]
+"""Field, shape and type of a value."""
+
 Decode = Callable[[Mapping[str, Any]], tuple[np.ndarray, dict[str, Any]]]
 DECODERS: dict[str, tuple[str, Decode]] = {
     "latent": (LATENT_MEMBER, decode_latent),
@@ -41,21 +45,26 @@ DECODERS: dict[str, tuple[str, Decode]] = {
 
 @dataclass(frozen=True)
 class DecodedShard:
-    """A whole shard in memory: its field, N values of one shape and type, N class labels, N keys."""
+    """A whole shard in memory: its field, N values of one shape and type, N class labels, N keys, N captions.
+
+    There are no captions unless they were asked for.
+    """
 
     field: str
     values: tuple[np.ndarray, ...]
     class_label: np.ndarray
     keys: tuple[str, ...]
+    captions: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
         """The memory it takes, its keys left out."""
-        return len(self.values) * self.values[0].nbytes + self.class_label.nbytes
+        texts = sum(map(sys.getsizeof, self.captions))
+        return len(self.values) * self.values[0].nbytes + self.class_label.nbytes + texts
 
     @property
-    def layout(self) -> tuple[str, tuple[int, ...], str]:
-        """What the shards of a split have in common: field, shape and type of a value."""
+    def layout(self) -> Layout:
+        """What the shards of a split have in common."""
         return self.field, self.values[0].shape, self.values[0].dtype.str
 
 
@@ -72,13 +81,26 @@ def _class_label(about: Mapping[str, Any], record: FileRecord) -> int:
     return label
 
 
-def decode_shard(data: bytes, record: FileRecord, *, field: str | None = None) -> DecodedShard:
+def _caption(about: Mapping[str, Any], record: FileRecord) -> str:
+    """Return the caption of a sample, empty when it states none."""
+    caption = about.get("caption") or ""
+    if not isinstance(caption, str):
+        raise CorruptionError(
+            f"captions must be texts, {record.name} has {caption!r}; build its artifact again"
+        )
+    return caption
+
+
+def decode_shard(
+    data: bytes, record: FileRecord, *, field: str | None = None, captions: bool = False
+) -> DecodedShard:
     """Return a shard's samples as arrays.
 
     Args:
         data: The shard.
         record: What its manifest says of it.
         field: ``"image"`` or ``"latent"``; by default the latent where the first sample has one.
+        captions: Whether to keep them.
 
     Raises:
         CorruptionError: When the shard is damaged, its samples differ in kind or shape, or their number is
@@ -116,6 +138,7 @@ def decode_shard(data: bytes, record: FileRecord, *, field: str | None = None) -
         values=tuple(value for value, _ in decoded),
         class_label=np.array([_class_label(about, record) for _, about in decoded], np.int64),
         keys=tuple(str(sample[KEY]) for sample in samples),
+        captions=tuple(_caption(about, record) for _, about in decoded) if captions else (),
     )
 
 
@@ -151,6 +174,7 @@ class SampleReader:
         split: ``"train"`` or ``"held_out"``, or whatever else the artifact holds.
         field: ``"image"`` or ``"latent"``; by default the latent where there is one. Two readers of one
             artifact give latents and the pictures beside them under the same indices.
+        captions: Whether to read captions too.
         cache_bytes: The bound on decoded shards; the one in use is kept even if it is larger.
 
     Raises:
@@ -164,11 +188,12 @@ class SampleReader:
         *,
         split: str,
         field: str | None = None,
+        captions: bool = False,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._store = store
         self._manifest = manifest
-        self._field = field
+        self._field, self._captions = field, captions
         shards = [record for record in manifest.content.files if _SHARD.fullmatch(record.name)]
         wanted = [record for record in shards if record.name.rpartition("-")[0] == split]
         self._records = sorted((record for record in wanted if record.count), key=lambda record: record.name)
@@ -192,7 +217,8 @@ class SampleReader:
 
         Returns:
             ``image`` uint8 (B, H, W, 3), or ``latent`` float32 (B, C, h, w) as it was stored, not scaled;
-            ``class_label`` int64 (B,), -1 where there is none; ``key`` list of B str.
+            ``class_label`` int64 (B,), -1 where there is none; ``key`` list of B str; ``caption`` list of B
+            str, empty where there is none, for a reader of captions.
 
         Raises:
             IndexError: When an index is not below the number of samples.
@@ -206,22 +232,26 @@ class SampleReader:
             )
         shards = np.searchsorted(self._ends, wanted, side="right")
         rows = wanted - self._starts[shards]
-        needed = np.unique(shards).tolist() or [0]
-        needed.sort(key=lambda shard: shard not in self._shards)  # before one that comes pushes it out
-        first = self._shards.get(needed[0])
-        field, shape, dtype = first.layout
+        needed = set(shards.tolist()) or {0}
+        layout = self._shards.get(self._shards.next_of(needed)).layout
+        field, shape, dtype = layout
         values = np.empty((wanted.size, *shape), np.float32 if field == "latent" else dtype)
         labels = np.empty(wanted.size, np.int64)
-        keys = [""] * wanted.size
-        for shard in needed:
+        keys, captions = [""] * wanted.size, [""] * wanted.size
+        while needed:
+            shard = self._shards.next_of(needed)
+            needed.remove(shard)
             decoded = self._shards.get(shard)
-            self._require_alike(first, decoded, shard)
+            self._require_alike(layout, decoded, shard)
             places = np.flatnonzero(shards == shard)
             labels[places] = decoded.class_label[rows[places]]
             for place, row in zip(places.tolist(), rows[places].tolist(), strict=True):
                 copy_value(values[place], decoded.values[row])
                 keys[place] = decoded.keys[row]
-        return {field: values, "class_label": labels, "key": keys}
+                if self._captions:
+                    captions[place] = decoded.captions[row]
+        told = {"caption": captions} if self._captions else {}
+        return {field: values, "class_label": labels, "key": keys, **told}
 
     def in_order(self, seed: int, *, position: int, count: int) -> dict[str, Any]:
         """Return the `count` samples from `position` on of the endless seeded order, like ``fetch``."""
@@ -231,12 +261,12 @@ class SampleReader:
         """Return a shard, verified and decoded, and the memory it takes."""
         record = self._records[shard]
         data = self._store.read_cached(self._manifest, record.name)
-        decoded = decode_shard(data, record, field=self._field)
+        decoded = decode_shard(data, record, field=self._field, captions=self._captions)
         return decoded, decoded.num_bytes
 
-    def _require_alike(self, first: DecodedShard, other: DecodedShard, shard: int) -> None:
-        if first.layout != other.layout:
+    def _require_alike(self, layout: Layout, decoded: DecodedShard, shard: int) -> None:
+        if decoded.layout != layout:
             raise CorruptionError(
                 f"all shards of a split must hold one kind and shape, but {self._records[shard].name} holds "
-                f"{other.layout} beside {first.layout}; build their artifact again"
+                f"{decoded.layout} beside {layout}; build their artifact again"
             )

@@ -65,11 +65,11 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, bytes]:
 
 
 def lines_over_f(rows: Sequence[dict[str, Any]], key: str) -> dict[str, list[tuple[int, float]]]:
-    """Points (f, score) of every kind, and of bicubic scaling."""
+    """Points (f, score) of every kind, and of bicubic scaling, by f."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         found = {KINDS[row["kind"]]: row.get(key), "bicubic": row.get(f"bicubic_{key}")}
         for line, score in found.items():
             if score is not None and (row["f"], score) not in lines.get(line, []):
                 lines.setdefault(line, []).append((row["f"], score))
-    return lines
+    return {line: sorted(points) for line, points in lines.items()}

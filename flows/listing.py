@@ -13,7 +13,6 @@ from datasets.errors import ConfigError
 from datasets.store import Store
 from flows.attempts import is_alive
 from flows.progress import status_folder
-from flows.staleness import why_stale
 from ldm.recipe import RECIPES, load_recipe, recipe_names
 
 KEY_DIGITS = 8
@@ -35,6 +34,8 @@ def print_recipes() -> None:
 
 def print_artifacts(store: str) -> None:
     """A line per artifact, those that are stale marked; then why they are."""
+    from flows.staleness import why_stale  # imports torch, which the other tables do without
+
     opened = Store(store)
     manifests = sorted(opened.manifests(), key=lambda m: str(m.provenance.get("made", "")))
     reasons = why_stale(manifests, elsewhere=opened.remembered())

@@ -9,13 +9,14 @@ from datasets.image_shards import image_shards_key
 from datasets.manifest import Manifest
 from datasets.store import Store
 from datasets.url_list import ListPlan, UrlList, plan_list
+from ldm.conditions import fields_of
 from ldm.config import Recipe
 from ldm.errors import RecipeError
 from ldm.evaluation.sets import MIN_SCORED
 from ldm.network_config import CaptionConditioning
 from ldm.weights import FID_INCEPTION, MINILM, VGG16_LPIPS, locate
 
-READABLE_CONDITIONS = ("class_label",)
+READABLE_CONDITIONS = ("class_label", "class_vector", "caption")
 """Kinds of condition that image and latent shards hold."""
 
 
@@ -47,8 +48,8 @@ def check_data(recipe: Recipe) -> None:
     Raises:
         MissingDataError: the pictures are not where the data set says.
         ConfigError: the classes named do not fit the pictures.
-        RecipeError: a condition that cannot be read yet, a conditional model of pictures without classes, or
-            too few pictures to score with.
+        RecipeError: a condition that cannot be read yet, pictures without the classes or captions that it is
+            made of, or too few pictures to score with.
     """
     check_condition(recipe)
     plan = planned_list(recipe.dataset)
@@ -68,7 +69,14 @@ def check_condition(recipe: Recipe) -> None:
 
 def check_pictures(recipe: Recipe, pictures: UrlList) -> None:
     """Refuse pictures that training or scoring would refuse hours later."""
-    if recipe.conditioning is not None and not pictures.classes:
+    fields = fields_of(recipe.conditioning)
+    if "caption" in fields and not any(row.caption for row in pictures.rows):
+        raise RecipeError(
+            f"conditioning 'caption' needs captions, but the pictures of {recipe.dataset.name} have none; "
+            "put name.txt beside name.png, or set another conditioning"
+        )
+    if "class_label" in fields and not pictures.classes:
+        assert recipe.conditioning is not None
         raise RecipeError(
             f"conditioning {recipe.conditioning.kind!r} needs classes, but the pictures of "
             f"{recipe.dataset.name} have none; put them into one folder per class, or set "

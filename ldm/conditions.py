@@ -74,6 +74,15 @@ class Condition:
         """The conditions at these places of the batch."""
         return Condition(**{name: tensor[chosen] for name, tensor in self.parts().items()})
 
+    def where(self, chosen: Tensor, other: "Condition") -> "Condition":
+        """These conditions, and the other batch's at the chosen places (B,) bool."""
+        theirs = other.parts()
+        mixed = {
+            name: torch.where(chosen.to(mine.device).reshape(-1, *[1] * (mine.ndim - 1)), theirs[name], mine)
+            for name, mine in self.parts().items()
+        }
+        return Condition(**mixed)
+
     def followed_by(self, other: "Condition") -> "Condition":
         """Both batches as one."""
         theirs = other.parts()
@@ -141,7 +150,8 @@ def encode_condition(
             made = Condition(context=encoder(labels)) if labelled else Condition(label=labels)
         case CaptionConditioning() | LayoutConditioning(), TokenEncoder():
             tokens = tokens_of(given[wanted[0]], wanted[0], config)
-            made = Condition(context=encoder(tokens.to(next(encoder.parameters()).device)))
+            weight = next(encoder.parameters(), tokens)  # the pretrained encoder has no parameters
+            made = Condition(context=encoder(tokens.to(weight.device)))
         case EmbeddingsConditioning(), _:
             shape = ("B", "L", config.context_dim)
             made = Condition(context=checked(given["embeddings"], "embeddings", shape))
@@ -276,3 +286,23 @@ def check_range(name: str, values: Tensor, lowest: int, highest: int) -> None:
     wrong = values[(values < lowest) | (values > highest)].unique().tolist()
     if wrong:
         raise ContractError(f"{name} must be {lowest} to {highest} for this model, got {wrong[:10]}")
+
+
+def drop_conditions(
+    given: Condition,
+    config: AnyConditioning | None,
+    encoder: Conditioner | Hybrid | None,
+    *,
+    num_classes: int,
+    rate: float,
+    draws: torch.Generator,
+) -> Condition:
+    """Conditions of any kind, each replaced by one that asks for nothing with probability `rate`.
+
+    Raises:
+        ContractError: some are to be replaced, and this kind has none that asks for nothing.
+    """
+    dropped = torch.rand(len(given), generator=draws) < rate
+    if not dropped.any():
+        return given
+    return given.where(dropped, null_condition(given, config, encoder, num_classes=num_classes))

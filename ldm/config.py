@@ -12,6 +12,7 @@ from ldm.network_config import (
     ClassVectorConditioning,
     Conditioning,
     Config,
+    HybridConditioning,
     LowResConditioning,
     SegmentationConditioning,
     UNetConfig,
@@ -355,7 +356,7 @@ class Recipe(Config):
     first_stage: FirstStageRecipe
     encoding: Encoding = Encoding()
     unet: UNetConfig
-    conditioning: Conditioning | None = Field(default=None, discriminator="kind")
+    conditioning: Conditioning | HybridConditioning | None = Field(default=None, discriminator="kind")
     diffusion: Diffusion = Diffusion()
     training: Training
     sampling: Sampling = Sampling()
@@ -440,14 +441,11 @@ def check_unet(recipe: Recipe) -> None:
             f"unet.num_classes ({unet.num_classes}) belongs to `conditioning: {{kind: class_vector}}`; "
             "set both or neither"
         )
-    if (
-        isinstance(conditioning, LowResConditioning | SegmentationConditioning)
-        and conditioning.factor != first_stage.factor
-    ):
+    maps = conditioning.maps if isinstance(conditioning, HybridConditioning) else conditioning
+    if isinstance(maps, LowResConditioning | SegmentationConditioning) and maps.factor != first_stage.factor:
         raise ValueError(
-            f"a {conditioning.kind} condition comes at 1/{conditioning.factor} of the picture's side, but it "
-            f"must have the latent's, 1/{first_stage.factor}; choose a first stage of "
-            f"f = {conditioning.factor}, or change it"
+            f"a {maps.kind} condition comes at 1/{maps.factor} of the picture's side, but it must have the "
+            f"latent's, 1/{first_stage.factor}; choose a first stage of f = {maps.factor}, or change it"
         )
 
 

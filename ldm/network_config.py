@@ -247,11 +247,11 @@ Conditioning = (
     | LowResConditioning
     | MaskedImageConditioning
 )
-"""All kinds that a recipe may have, told apart by `kind`."""
+"""All kinds that are one condition, told apart by `kind`."""
 
 
 class HybridConditioning(Config):
-    """Tokens to attend to and maps beside the latent, both at once: for models of other programs alone.
+    """Tokens to attend to and maps beside the latent, both at once.
 
     The published code calls it `hybrid` and encodes one of the two; the other comes as the UNet is given it.
     """

@@ -15,6 +15,7 @@ import torch
 from datasets.keys import canonical_json
 from datasets.manifest import Manifest
 from datasets.stream import SampleReader
+from ldm.conditions import fields_of
 from ldm.config import Recipe
 from ldm.errors import ContractError
 from ldm.evaluation import fidelity, reconstruction
@@ -87,7 +88,8 @@ def made_sets(
 def score(job: Job) -> Result:
     """Make the sets, extract their features, compare them, judge the classes, draw what people look at."""
     recipe = job.recipe
-    held_out = SampleReader(job.store, job.inputs["shards"], split="held_out")
+    reads_captions = "caption" in fields_of(recipe.conditioning)
+    held_out = SampleReader(job.store, job.inputs["shards"], split="held_out", captions=reads_captions)
     count = num_scored(recipe, held_out)
     if count < MIN_SCORED:
         raise ContractError(

@@ -9,13 +9,14 @@ N pictures, H W height and width. All are (N, H, W, 3) uint8.
     samples          the model's
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from datasets.stream import SampleReader
+from ldm.conditions import Condition, fields_of
 from ldm.config import Recipe
 from ldm.latent_diffusion import LatentDiffusion, class_condition
 from ldm.latents import LatentContract
@@ -41,6 +42,22 @@ def num_scored(recipe: Recipe, held_out: SampleReader) -> int:
 def sample_labels(num_classes: int, count: int) -> list[int]:
     """Labels of the scored samples: every class in turn, or none."""
     return [i % num_classes if num_classes else -1 for i in range(count)]
+
+
+def asked_condition(
+    model: LatentDiffusion, labels: Sequence[int], held_out: SampleReader
+) -> Condition | None:
+    """What as many samples as labels are asked by: classes, or captions of held-out pictures in turn.
+
+    Args:
+        model: what is asked; None comes back for an unconditional one.
+        labels: its classes, of a model of classes; else only their number counts.
+        held_out: a reader of captions, for a model of captions.
+    """
+    if "caption" not in fields_of(model.config.conditioning):
+        return class_condition(model, labels)
+    captions = held_out.fetch([i % len(held_out) for i in range(len(labels))])["caption"]
+    return model.condition(caption=captions)
 
 
 def reconstruct(first_stage: FirstStage, images: np.ndarray, *, micro_batch: int) -> np.ndarray:
@@ -82,7 +99,7 @@ def make_set(
     """The pictures of one of `SETS`."""
     count = num_scored(recipe, held_out)
     if name == "samples":
-        condition = class_condition(model, sample_labels(len(model.classes), count))
+        condition = asked_condition(model, sample_labels(len(model.classes), count), held_out)
         return to_uint8(model.sample(condition, num=count, on_step=on_step, **dict(recipe.sampling)))
     if name == "noise":
         return decode_noise(model.first_stage, contract, model.latent_shape, count, recipe=recipe)

@@ -166,18 +166,6 @@ def masked_condition(encoded: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([encoded, 2 * small - 1], dim=1)
 
 
-def drop_conditions(given: Tensor, null: Tensor, *, rate: float, generator: torch.Generator) -> Tensor:
-    """Conditions of any kind, each a null one with probability `rate`: (B, ...), (B, ...) -> (B, ...)."""
-    dropped = torch.rand(len(given), generator=generator) < rate
-    return torch.where(dropped.to(given.device).reshape(-1, *[1] * (given.ndim - 1)), null, given)
-
-
-def drop_labels(labels: Tensor, *, null: int, rate: float, generator: torch.Generator) -> Tensor:
-    """Labels, a share `rate` replaced by the null class, and unlabelled (-1) ones always: (B,) -> (B,)."""
-    dropped = torch.rand(labels.shape, generator=generator) < rate
-    return torch.where(dropped.to(labels.device) | (labels < 0), null, labels)
-
-
 Conditioner = ClassEmbedder | AsGiven | TokenEncoder | SpatialRescaler
 """An encoder of any kind: called with conditions, it gives what the UNet gets."""
 

@@ -11,8 +11,10 @@ from safetensors.torch import save
 from datasets.keys import canonical_json
 from datasets.manifest import Manifest
 from datasets.stream import SampleReader
+from ldm.conditions import fields_of
 from ldm.config import Recipe
-from ldm.latent_diffusion import LatentDiffusion, assemble, class_condition
+from ldm.evaluation.sets import asked_condition
+from ldm.latent_diffusion import LatentDiffusion, assemble
 from ldm.latents import check_contract, check_moments
 from ldm.model import WEIGHTS, Denoising, build_denoising, load_first_stage
 from ldm.pictures import grid, png
@@ -55,7 +57,9 @@ def build(job: Job) -> Result:
     recipe, latents = job.recipe, job.inputs["latents"]
     contract = check_contract(latents, recipe, job.inputs["first_stage"])
     first_stage = load_first_stage(job.store, job.inputs["first_stage"])
-    reader = SampleReader(job.store, latents, split="train")
+    reads_captions = "caption" in fields_of(recipe.conditioning)
+    reader = SampleReader(job.store, latents, split="train", captions=reads_captions)
+    held_out = SampleReader(job.store, latents, split="held_out", captions=reads_captions)
     count = min(MOMENT_SAMPLES, len(reader))
     first = reader.in_order(recipe.training.seed, position=0, count=count)["latent"]
     check_moments(torch.from_numpy(first), first_stage, contract)
@@ -63,7 +67,7 @@ def build(job: Job) -> Result:
 
     def look(networks: Denoising) -> dict[str, bytes]:
         model = assemble(recipe, networks, first_stage, scale=contract.scale, classes=classes)
-        return {"samples": sample_grid(model, recipe, per_class=2, steps=LOOK_STEPS)}
+        return {"samples": sample_grid(model, recipe, held_out, per_class=2, steps=LOOK_STEPS)}
 
     trainee = DiffusionTrainee(recipe, reader, contract, first_stage, num_classes=len(classes), look=look)
     history = train(trainee, job.work, report=job.report)
@@ -90,12 +94,17 @@ def grid_labels(num_classes: int, *, per_class: int) -> list[int]:
     return [label for label in range(min(num_classes, MAX_GRID_CLASSES)) for _ in range(per_class)]
 
 
-def sample_grid(model: LatentDiffusion, recipe: Recipe, *, per_class: int, steps: int) -> bytes:
-    """PNG of samples, class after class, about as wide as high, as trackers show small pictures best."""
+def sample_grid(
+    model: LatentDiffusion, recipe: Recipe, held_out: SampleReader, *, per_class: int, steps: int
+) -> bytes:
+    """PNG of samples, about as wide as high, as trackers show small pictures best.
+
+    They are asked for class after class, or by what the first held-out pictures are asked by.
+    """
     labels = grid_labels(len(model.classes), per_class=per_class)
     # DDIM, because a look on the way has few steps, with which some samplers make no sense
     few = {"micro_batch": len(labels), "steps": steps, "sampler": "ddim"}
-    condition = class_condition(model, labels)
+    condition = asked_condition(model, labels, held_out)
     images = to_uint8(model.sample(condition, num=len(labels), **(dict(recipe.sampling) | few)))
     columns = per_class * max(1, round(math.sqrt(len(labels)) / per_class))
     return png(grid(images, columns=columns, scale=max(1, 96 // images.shape[1])))
@@ -112,7 +121,7 @@ def labelled_grid(
 
 TRAIN_LDM = Stage(
     name="train-ldm",
-    code_version=1,
+    code_version=2,
     inputs={"latents": "encode-latents", "first_stage": "train-first-stage"},
     what=what,
     build=build,

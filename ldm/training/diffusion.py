@@ -4,17 +4,19 @@ B batch, C channels of the latent, h w its height and width.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from datasets.stream import SampleReader
+from ldm.conditions import Condition, Fields, drop_conditions, encode_condition, fields_of
 from ldm.config import Recipe, Training
 from ldm.diffusion.objective import draw_timesteps, loss_weights, prediction_loss, with_log_variance
 from ldm.diffusion.schedule import build_schedule
 from ldm.latents import LatentContract, scaled_latent
-from ldm.model import Denoising, build_denoising
-from ldm.models.conditioning import ClassEmbedder, drop_labels
+from ldm.model import Autoencoder, Denoising, build_denoising
 from ldm.models.first_stage import FirstStage
 from ldm.training.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
 from ldm.training.ema import Ema
@@ -29,7 +31,7 @@ class DiffusionTrainee:
 
     Args:
         recipe: the run.
-        reader: training latents, as stored.
+        reader: training latents, as stored, with what the recipe's condition is made of.
         contract: what the latents are; its scale is applied here, once.
         first_stage: turns stored latents into latents.
         num_classes: classes of the data set.
@@ -48,6 +50,7 @@ class DiffusionTrainee:
     ) -> None:
         self.recipe, self.training = recipe, recipe.training
         self.reader, self.contract, self.first_stage, self.look_at = reader, contract, first_stage, look
+        self.autoencoder = Autoencoder(first_stage, recipe.first_stage.model)
         self.num_classes = num_classes
         torch.manual_seed(seed_of(self.training.seed, "diffusion"))
         self.networks = build_denoising(recipe, num_classes=num_classes)
@@ -64,25 +67,26 @@ class DiffusionTrainee:
         self.optimizer = adamw([*self.networks.parameters(), *learned], self.training)
         self.ema = Ema(dict(self.networks.named_parameters()), decay=self.training.ema_decay)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Scaled latents (B, C, h, w) and labels (B,) of the step-th batch."""
+    def batch(self, step: int) -> tuple[Tensor, Fields]:
+        """Scaled latents (B, C, h, w) of the step-th batch, and the fields of their conditions."""
         training = self.training
         position = step * training.batch_size
         samples = self.reader.in_order(training.seed, position=position, count=training.batch_size)
         stored = torch.from_numpy(samples["latent"])
         draws = generator(training.seed, step, "posterior")
         latents = scaled_latent(self.first_stage, stored, self.contract, generator=draws)
-        return latents.contiguous(memory_format=torch.channels_last), torch.from_numpy(samples["class_label"])
+        given = fields_from(samples, fields_of(self.recipe.conditioning))
+        return latents.contiguous(memory_format=torch.channels_last), given
 
     def step(self, step: int) -> Mapping[str, Tensor]:
         """One optimiser step on one batch."""
         seed = self.training.seed
-        x_0, labels = self.batch(step)
+        x_0, given = self.batch(step)
         t = draw_timesteps(len(x_0), self.schedule.num_timesteps, generator(seed, step, "timesteps"))
         eps = torch.randn(x_0.shape, generator=generator(seed, step, "noise"))
-        context = self.condition(labels, step)
+        asked = self.condition(given, step)
         losses = prediction_loss(
-            lambda x_t, t: self.networks.unet(x_t, t, context),
+            lambda x_t, t: self.networks.unet(x_t, t, asked.context, concat=asked.concat, label=asked.label),
             x_0,
             t,
             eps,
@@ -106,14 +110,25 @@ class DiffusionTrainee:
         self.ema.update(step)
         return logged
 
-    def condition(self, labels: Tensor, step: int) -> Tensor | None:
-        """Tokens of the labels, (B, 1, D), some of them dropped; None when the model is unconditional."""
-        conditioner, config = self.networks.conditioner, self.recipe.conditioning
-        if conditioner is None or config is None:
-            return None
-        assert isinstance(conditioner, ClassEmbedder), "other kinds are refused before a run"
-        drops = generator(self.training.seed, step, "drop labels")
-        return conditioner(drop_labels(labels, null=self.num_classes, rate=config.drop_rate, generator=drops))
+    def condition(self, given: Fields, step: int) -> Condition:
+        """What the UNet gets of the fields of a batch, some of the conditions dropped.
+
+        Differs: the published code encodes the condition that stands for nothing once for each one dropped.
+        """
+        config, encoder = self.recipe.conditioning, self.networks.conditioner
+        asked = encode_condition(
+            given, config, encoder, num_classes=self.num_classes, autoencoder=self.autoencoder
+        )
+        if config is None:
+            return asked
+        return drop_conditions(
+            asked,
+            config,
+            encoder,
+            num_classes=self.num_classes,
+            rate=config.drop_rate,
+            draws=generator(self.training.seed, step, "drop labels"),
+        )
 
     def by_timestep(self, losses: Tensor, t: Tensor) -> dict[str, Tensor]:
         """Mean loss in each quarter of the time steps that this batch has samples in."""
@@ -169,3 +184,11 @@ def adamw(parameters: Iterable[nn.Parameter], training: Training) -> torch.optim
         weight_decay=training.weight_decay,
         fused=True,
     )
+
+
+def fields_from(samples: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+    """The fields of conditions that a reader's samples hold, arrays as tensors."""
+    return {
+        name: torch.from_numpy(samples[name]) if isinstance(samples[name], np.ndarray) else samples[name]
+        for name in wanted
+    }

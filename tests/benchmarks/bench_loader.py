@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from datasets.keys import sha256_hex
+from datasets.loader import Loader
 from datasets.manifest import Content, Manifest
 from datasets.order import SampleOrder
 from datasets.samples import encode_latent
@@ -29,6 +30,7 @@ pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(3600)]
 STAGE, KEY = "encode-latents", sha256_hex(b"bench loader")
 SHARD_SAMPLES, NUM_SHARDS, BATCH = 1000, 20, 64
 MANY = 40_000
+STEP_S = 0.01
 NUM_SAMPLES = int(os.environ.get("LDM_BENCH_SAMPLES", "40000"))
 LAYOUTS = {"64x64x3 fp16": ((3, 64, 64), np.float16), "32x32x4 fp32": ((4, 32, 32), np.float32)}
 LAYOUTS |= {"32x32x4 fp16": ((4, 32, 32), np.float16)}
@@ -172,6 +174,23 @@ def test_samples_per_second_against_webdataset(name: str, tmp_path: Path) -> Non
     assert median(ratios) >= 3
 
 
+def test_reading_ahead_hides_reading(tmp_path: Path) -> None:
+    manifest, num_batches = latent_shards(Store(tmp_path), *LAYOUTS["64x64x3 fp16"]), 200
+    waits = {}
+    for num_workers in (0, 1, 2):
+        reader = SampleReader(Store(tmp_path), manifest, split="train")
+        loader = Loader(reader, 0, batch_size=BATCH, num_workers=num_workers)
+        batches, waited = loader.batches(num_batches=num_batches), 0.0
+        for _ in range(num_batches):
+            started = time.perf_counter()
+            next(batches)
+            waited += time.perf_counter() - started
+            time.sleep(STEP_S)
+        waits[num_workers] = waited / num_batches * 1e3
+    print(f"\nms a step of {STEP_S * 1e3:g} ms waits for its batch of {BATCH}, by workers:", end="")
+    print("".join(f"  {num_workers}: {wait:.2f}" for num_workers, wait in waits.items()))
+
+
 def entropy_bits(labels: np.ndarray) -> float:
     """Entropy of the classes of a batch."""
     shares = np.unique(labels, return_counts=True)[1] / len(labels)
@@ -181,18 +200,16 @@ def entropy_bits(labels: np.ndarray) -> float:
 def test_quality_of_the_shuffle() -> None:
     num_shards, num_classes, batch = 200, 100, 256
     num_samples = num_shards * SHARD_SAMPLES
-    indices = SampleOrder(0, (SHARD_SAMPLES,) * num_shards).part(0, num_samples)
-    rng = np.random.default_rng(0)
-    ideal = rng.permutation(num_samples)
+    rng, sizes = np.random.default_rng(0), (SHARD_SAMPLES,) * num_shards
+    ours = [SampleOrder(seed, sizes).part(0, num_samples) for seed in range(9)]
+    ideal = [rng.permutation(num_samples) for _ in ours]
     print(f"\n{num_samples} samples in {num_shards} shards, {num_classes} classes, batches of {batch}")
     correlations = [
-        abs(float(np.corrcoef(np.arange(num_samples), order)[0, 1])) for order in (indices, ideal)
+        median(abs(float(np.corrcoef(np.arange(num_samples), order)[0, 1])) for order in orders)
+        for orders in (ours, ideal)
     ]
-    print(
-        "  rank correlation of storage and training order: {:.4f}, perfect shuffle {:.4f}".format(
-            *correlations
-        )
-    )
+    print("  rank correlation of storage and training order, median of 9 seeds: ", end="")
+    print("{:.4f}, perfect shuffle {:.4f}".format(*correlations))
     stored = {"in any order": rng.integers(num_classes, size=num_samples)}
     stored["sorted by class"] = np.arange(num_samples) * num_classes // num_samples
     for name, labels in stored.items():
@@ -200,9 +217,9 @@ def test_quality_of_the_shuffle() -> None:
             float(
                 np.mean([entropy_bits(part) for part in np.array_split(labels[order], num_samples // batch)])
             )
-            for order in (indices, ideal)
+            for order in (ours[0], ideal[0])
         ]
         print(f"  stored {name}: class entropy of a batch {bits[0]:.3f} bits, perfect shuffle {bits[1]:.3f}")
         if name == "in any order":
             assert bits[0] > 0.99 * bits[1]
-    assert correlations[0] < 0.3
+    assert correlations[0] < 0.2

@@ -74,8 +74,8 @@ def recipe(folder: Path, text: str, *, pictures: Sequence[tuple[str, bytes]] = (
         ("demo --set dataset=celebahq", r"named? .*--set dataset.root=.*30000.*25000 train, 5000 val"),
         ("celebahq", r"--set dataset.root=/path/to/pictures.*30000.*25000 train, 5000 val"),
         (
-            "txt2img-1p4b",
-            r"read conditions of the kind class_label alone so far, got 'caption', .*choose another recipe",
+            "layout2img-openimages256",
+            r"kind class_label, class_vector, caption alone so far, got 'layout', .*choose another recipe",
         ),
         ("celebahq --set dataset.root=/nowhere", r"/nowhere does not exist.*Expected there: 30000"),
     ],

@@ -89,7 +89,7 @@ def test_a_model_is_copied_to_s3_listed_and_drawn_from(
     assert model.key[:8] in listed
     assert "stale" not in listed
     output = tmp_path / "grid.png"
-    arguments = ("--store", bucket, "--output", str(output), "--classes", "red", "--per-class", "1")
+    arguments = ("--store", bucket, "--output", str(output), "--classes", "red", "--num", "1")
     status, _, err = cli("sample", model.short, *arguments)
     assert status == 0, err
     assert output.read_bytes().startswith(b"\x89PNG")

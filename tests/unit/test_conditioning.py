@@ -18,7 +18,6 @@ from ldm.models.conditioning import (
     SpatialRescaler,
     TokenEncoder,
     build_conditioner,
-    drop_conditions,
     masked_condition,
 )
 from ldm.models.text_transformer import Transformer
@@ -72,26 +71,6 @@ def test_the_null_condition_has_the_form_of_a_real_one_and_is_encoded_differentl
     assert encoded.shape == shape
     assert torch.equal(encoded[0], encoded[1])
     assert not torch.equal(encoded[0], conditioner(given)[0])
-
-
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_a_dropped_condition_is_the_null_one(kind: str) -> None:
-    _, given, _ = KINDS[kind]
-    null = some_conditioner(kind).null(given)
-    for rate, expected in ((0.0, given), (1.0, null)):
-        assert torch.equal(
-            drop_conditions(given, null, rate=rate, generator=torch.Generator().manual_seed(1)), expected
-        )
-
-
-def test_the_share_asked_for_is_dropped_and_a_generator_drops_the_same_again() -> None:
-    given, null = torch.ones(4000, 2), torch.zeros(4000, 2)
-    first, again = (
-        drop_conditions(given, null, rate=0.3, generator=torch.Generator().manual_seed(1)) for _ in range(2)
-    )
-    assert torch.equal(first, again)
-    assert torch.equal(first[:, 0], first[:, 1])
-    assert float(1 - first.mean()) == pytest.approx(0.3, abs=0.03)
 
 
 def test_null_conditions_are_those_documented() -> None:

@@ -150,6 +150,10 @@ def test_curves_have_a_line_per_kind_and_one_point_per_factor_for_bicubic() -> N
     }
 
 
+def test_curves_go_by_f_in_whatever_order_first_stages_were_named() -> None:
+    assert lines_over_f(ROWS[::-1], "rfid_same_pictures")["VQ"] == [(2, 1.0), (4, 5.0)]
+
+
 def test_a_row_comes_from_what_a_manifest_says(manifest: Manifest) -> None:
     (row,) = rows_of([manifest])
     assert (row["name"], row["kind"], row["f"], row["num_images"]) == ("cats-vq-f4", "vq", 4, 4)

@@ -13,8 +13,8 @@ from datasets.stream import SampleReader
 from ldm.config import Recipe
 from ldm.errors import TrainingError
 from ldm.health_page import MAX_POINTS, health_page, thinned
+from ldm.latents import moments as corpus_moments
 from ldm.models.lpips import LPIPS
-from ldm.stages.encode_latents import moments as corpus_moments
 from ldm.training.first_stage import FirstStageTrainee
 from ldm.training.first_stage_loss import MAX_ADAPTIVE_WEIGHT
 from ldm.training.health import (

@@ -214,7 +214,7 @@ def test_no_more_than_asked_is_read_ahead_and_the_workers_end_with_the_loader() 
         ({"rank": 2, "world_size": 2}, "got 2, 2 and 4"),
         ({"rank": -1}, "got -1, 1 and 4"),
         ({"world_size": 5}, "got 0, 5 and 4"),
-        ({"num_workers": -1}, "got -1 and 4"),
+        ({"num_workers": -1}, "got -1 and 8"),
         ({"ahead": 0}, "got 2 and 0"),
     ],
 )

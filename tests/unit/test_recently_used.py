@@ -52,6 +52,28 @@ def test_what_could_not_be_made_is_tried_again() -> None:
     assert kept.get("key") == 7
 
 
+def test_threads_that_need_the_same_things_make_different_ones_and_what_is_kept_comes_first() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def make(key: str) -> tuple[str, int]:
+        if key == "a":
+            begun.set()
+            assert go_on.wait(10)
+        return key, 1
+
+    kept = RecentlyUsed(make, max_bytes=10)
+    kept.get("c")
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(kept.get, "a")
+        assert begun.wait(10)
+        needed, order = ["a", "b", "c"], []
+        while needed:
+            order.append(kept.next_of(needed))
+            needed.remove(order[-1])
+        go_on.set()
+        assert (other.result(), order) == ("a", ["c", "b", "a"])
+
+
 def test_the_least_recently_used_goes_first() -> None:
     made = []
 
@@ -63,4 +85,4 @@ def test_the_least_recently_used_goes_first() -> None:
     for key in "abacab":
         kept.get(key)
     assert "".join(made) == "abcb"
-    assert "c" not in kept
+    assert kept.next_of("cb") == "b"

@@ -84,6 +84,15 @@ def test_a_prompt_gives_the_same_bits_whatever_others_are_asked_for(vq_chain: Ch
     assert not torch.allclose(model.sample(others, **settings)[1], eight[1], atol=1e-3)
 
 
+def test_each_condition_is_encoded_by_itself(vq_chain: Chain) -> None:
+    model, sizes = captioned_model(vq_chain), list[int]()
+    encoder = model.networks.conditioner
+    assert encoder is not None
+    encoder.register_forward_hook(lambda module, given, made: sizes.append(len(made)))
+    assert len(model.condition(caption=CAPTIONS)) == 8
+    assert sizes == [1] * 8
+
+
 @pytest.mark.parametrize(("other", "guidance"), [(1, 1.5), (3, 1.0), (8, 1.5)])
 def test_another_micro_batch_changes_next_to_nothing(kl_chain: Chain, other: int, guidance: float) -> None:
     model = some_model(kl_chain)

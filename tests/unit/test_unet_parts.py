@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ldm.config import UNetConfig
-from ldm.models.unet import ResBlock, UNet, build_unet
+from ldm.models.unet import ResBlock, UNet, Upsample, build_unet
 from ldm.recipe import load_recipe
 from ldm.stages.train_ldm import TRAIN_LDM
 
@@ -92,6 +92,25 @@ def test_a_block_changes_the_resolution_before_its_first_convolution_and_on_the_
     h = F.group_norm(h, 4, p["out_layers.0.weight"], p["out_layers.0.bias"]) * (1 + scale) + shift
     h = F.conv2d(F.silu(h), p["out_layers.3.weight"], p["out_layers.3.bias"], padding=1)
     torch.testing.assert_close(block(x, embedding), resample(x) + h)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 6), (16, 16), (15, 20)])
+def test_doubling_before_the_convolution_is_the_same_on_maps_of_every_size(height: int, width: int) -> None:
+    torch.manual_seed(0)
+    up, x = Upsample(6), torch.randn(2, 6, height, width)
+    plain = up.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    torch.testing.assert_close(up(x), plain)
+    found, expected = (torch.autograd.grad(y.square().sum(), list(up.parameters())) for y in (up(x), plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_working_in_place_leaves_the_input_alone() -> None:
+    torch.manual_seed(0)
+    block, x, embedding = ResBlock(8, 6, 8, dropout=0.0, groups=4), torch.randn(2, 8, 4, 6), torch.randn(2, 6)
+    before, expected = x.clone(), block(x, embedding).detach()
+    with torch.no_grad():
+        assert torch.equal(block(x, embedding), expected)
+    assert torch.equal(x, before)
 
 
 def test_the_condition_is_put_behind_the_noisy_latent() -> None:
