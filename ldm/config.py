@@ -384,6 +384,11 @@ class Recipe(Config):
             "the latent's side", size // factor, 2 ** (len(unet.channel_mult) - 1), "the UNet's levels"
         )
         check_unet(self)
+        if self.training.mirror:
+            raise ValueError(
+                "training.mirror is for pictures, and latents cannot be mirrored; leave it out and set "
+                "encoding.orientations=[as_is, mirrored], which stores both"
+            )
         conditioning = self.conditioning
         if self.sampling.guidance != 1.0 and (
             conditioning is None or not conditioning.has_null or not conditioning.drop_rate

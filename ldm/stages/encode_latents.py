@@ -23,8 +23,10 @@ from ldm.latents import LatentContract, check_first_stage, expected, pooled, sca
 from ldm.stages.stage import Job, Result, Stage
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-SAMPLE_OVERHEAD = 2048
-"""Bytes of a sample's headers and JSON in a tar, about."""
+SAMPLE_OVERHEAD = 4608
+"""Bytes that the headers of a sample's latent and JSON, the JSON and padding take in a tar, about."""
+TAR_OVERHEAD = 10240
+"""Bytes to a multiple of which a tar is filled up."""
 LATER = ("orientations", "picture")
 """Settings that joined when artifacts existed; at their default the key does not know them."""
 
@@ -46,7 +48,8 @@ def need_bytes(recipe: Recipe, inputs: Mapping[str, Manifest]) -> int:
     samples = shards.statistics["num_train"] * copies + shards.statistics["num_held_out"]
     size = recipe.latent_size**2 * recipe.first_stage.model.stored_channels
     pictures = copies * inputs["shards"].num_bytes if encoding.picture else 0
-    return samples * (size * BYTES[encoding.dtype] + SAMPLE_OVERHEAD) + pictures
+    tars = TAR_OVERHEAD * len(shards.files)
+    return samples * (size * BYTES[encoding.dtype] + SAMPLE_OVERHEAD) + pictures + tars
 
 
 def build(job: Job) -> Result:

@@ -174,6 +174,10 @@ BROKEN = {
         ["training.lr_schedule=warmup_cosine", "training.decay_images=100"],
         r"warmup_images \(2000\) must end before the learning rate has fallen, at 100 images",
     ),
+    "mirrored latents": (
+        ["training.mirror=true"],
+        r"training\.mirror is for pictures, .*; .* set encoding\.orientations=\[as_is, mirrored\]",
+    ),
     "no assignment": (["training.num_images"], r"--set takes key=value .*, got 'training\.num_images'"),
     "empty key": (["training..num_images=1"], r"--set takes key=value .*, got 'training\.\.num_images=1'"),
     "no YAML": (
