@@ -3,7 +3,7 @@
 from functools import lru_cache
 from pathlib import Path
 
-from datasets.config import DatasetConfig, Folder
+from datasets.config import DatasetConfig, Folder, UserUrlList
 from datasets.image_shards import STAGE as DOWNLOAD_SHARDS
 from datasets.image_shards import image_shards_key
 from datasets.manifest import Manifest
@@ -52,8 +52,16 @@ def check_data(recipe: Recipe) -> None:
             made of, or too few pictures to score with.
     """
     check_condition(recipe)
+    check_table(recipe, recipe.num_classes)
+    source = recipe.dataset.source
+    reads_captions = "caption" in fields_of(recipe.conditioning)
+    if reads_captions and isinstance(source, UserUrlList) and not source.caption_column:
+        raise RecipeError(
+            f"conditioning 'caption' needs captions, but the list of {recipe.dataset.name} names no column "
+            "of them; set dataset.source.caption_column"
+        )
     plan = planned_list(recipe.dataset)
-    if isinstance(recipe.dataset.source, Folder):
+    if isinstance(source, Folder):
         check_pictures(recipe, plan.make(Path()))  # a folder's list is in its plan; nothing is made
 
 
@@ -64,6 +72,16 @@ def check_condition(recipe: Recipe) -> None:
             f"training can read conditions of the kind {', '.join(READABLE_CONDITIONS)} alone so far, got "
             f"{recipe.conditioning.kind!r}, which shards do not hold; choose another recipe (`ldm recipes`), "
             "or set conditioning: null with a UNet to match"
+        )
+
+
+def check_table(recipe: Recipe, num_classes: int) -> None:
+    """Refuse a table of class vectors without a row for each class and one for none."""
+    rows = recipe.unet.num_classes
+    if rows is not None and rows <= num_classes:
+        raise RecipeError(
+            f"unet.num_classes ({rows}) must exceed the {num_classes} classes of {recipe.dataset.name}, for "
+            f"the last row is the null class; set it to {num_classes + 1}"
         )
 
 
@@ -82,6 +100,7 @@ def check_pictures(recipe: Recipe, pictures: UrlList) -> None:
             f"{recipe.dataset.name} have none; put them into one folder per class, or set "
             "conditioning: null, unet: {context_dim: null} and sampling: {guidance: 1}"
         )
+    check_table(recipe, len(pictures.classes))
     held_out = sum(row.split == "held_out" for row in pictures.rows)
     if held_out < 2 * MIN_SCORED:
         raise RecipeError(

@@ -286,23 +286,3 @@ def check_range(name: str, values: Tensor, lowest: int, highest: int) -> None:
     wrong = values[(values < lowest) | (values > highest)].unique().tolist()
     if wrong:
         raise ContractError(f"{name} must be {lowest} to {highest} for this model, got {wrong[:10]}")
-
-
-def drop_conditions(
-    given: Condition,
-    config: AnyConditioning | None,
-    encoder: Conditioner | Hybrid | None,
-    *,
-    num_classes: int,
-    rate: float,
-    draws: torch.Generator,
-) -> Condition:
-    """Conditions of any kind, each replaced by one that asks for nothing with probability `rate`.
-
-    Raises:
-        ContractError: some are to be replaced, and this kind has none that asks for nothing.
-    """
-    dropped = torch.rand(len(given), generator=draws) < rate
-    if not dropped.any():
-        return given
-    return given.where(dropped, null_condition(given, config, encoder, num_classes=num_classes))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.stream import SampleReader
-from ldm.conditions import Condition, Fields, drop_conditions, encode_condition, fields_of
+from ldm.conditions import Condition, Fields, fields_of
 from ldm.config import Recipe, Training
 from ldm.diffusion.objective import draw_timesteps, loss_weights, prediction_loss, with_log_variance
 from ldm.diffusion.schedule import build_schedule
@@ -19,6 +19,7 @@ from ldm.latents import LatentContract, scaled_latent
 from ldm.model import Autoencoder, Denoising, build_denoising
 from ldm.models.first_stage import FirstStage
 from ldm.training.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
+from ldm.training.dropout import encode_some
 from ldm.training.ema import Ema
 from ldm.training.loop import History, learning_rate
 from ldm.training.randomness import generator, seed_of
@@ -51,7 +52,8 @@ class DiffusionTrainee:
         self.recipe, self.training = recipe, recipe.training
         self.reader, self.contract, self.first_stage, self.look_at = reader, contract, first_stage, look
         self.autoencoder = Autoencoder(first_stage, recipe.first_stage.model)
-        self.num_classes = num_classes
+        rows = recipe.unet.num_classes  # of a table of class vectors, whose last is the null class
+        self.num_classes = num_classes if rows is None else rows - 1
         torch.manual_seed(seed_of(self.training.seed, "diffusion"))
         self.networks = build_denoising(recipe, num_classes=num_classes)
         self.networks.train()
@@ -84,7 +86,7 @@ class DiffusionTrainee:
         x_0, given = self.batch(step)
         t = draw_timesteps(len(x_0), self.schedule.num_timesteps, generator(seed, step, "timesteps"))
         eps = torch.randn(x_0.shape, generator=generator(seed, step, "noise"))
-        asked = self.condition(given, step)
+        asked = self.condition(given, step, count=len(x_0))
         losses = prediction_loss(
             lambda x_t, t: self.networks.unet(x_t, t, asked.context, concat=asked.concat, label=asked.label),
             x_0,
@@ -110,24 +112,19 @@ class DiffusionTrainee:
         self.ema.update(step)
         return logged
 
-    def condition(self, given: Fields, step: int) -> Condition:
-        """What the UNet gets of the fields of a batch, some of the conditions dropped.
-
-        Differs: the published code encodes the condition that stands for nothing once for each one dropped.
-        """
-        config, encoder = self.recipe.conditioning, self.networks.conditioner
-        asked = encode_condition(
-            given, config, encoder, num_classes=self.num_classes, autoencoder=self.autoencoder
-        )
-        if config is None:
-            return asked
-        return drop_conditions(
-            asked,
+    def condition(self, given: Fields, step: int, *, count: int) -> Condition:
+        """What the UNet gets of the fields of `count` conditions, a share of them left out."""
+        config = self.recipe.conditioning
+        rate = 0.0 if config is None else config.drop_rate
+        # the name is from when there were labels alone; another would drop others
+        dropped = torch.rand(count, generator=generator(self.training.seed, step, "drop labels")) < rate
+        return encode_some(
+            given,
             config,
-            encoder,
+            self.networks.conditioner,
+            dropped,
             num_classes=self.num_classes,
-            rate=config.drop_rate,
-            draws=generator(self.training.seed, step, "drop labels"),
+            autoencoder=self.autoencoder,
         )
 
     def by_timestep(self, losses: Tensor, t: Tensor) -> dict[str, Tensor]:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.conditions import Condition, Fields, drop_conditions, encode_condition, null_condition
+from ldm.conditions import Condition, Fields, encode_condition, null_condition
 from ldm.config import Recipe
 from ldm.diffusion.objective import prediction_loss
 from ldm.latents import contract_of
 from ldm.model import load_first_stage
 from ldm.training.diffusion import DiffusionTrainee
+from ldm.training.dropout import encode_some
 
 SIDE, FACTOR, CHANNELS, BATCH = 8, 4, 4, 16
 NUM_STEPS = 160
@@ -189,29 +190,44 @@ def test_the_loss_falls_and_the_condition_is_used(kind: str, trainee_of: Callabl
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_conditions_are_dropped_at_the_rate_asked_for(
+def test_what_is_dropped_is_the_null_condition_and_the_rest_stays(
     kind: str, trainee_of: Callable[..., FedTrainee]
 ) -> None:
     trainee = trainee_of(kind)
-    config, encoder = trainee.recipe.conditioning, trainee.networks.conditioner
-    asked = encoded(trainee, some_batch(kind, 0)[1])
+    given = some_batch(kind, 0)[1]
+    asked = encoded(trainee, given)
     nothing = nothing_like(trainee, asked)
+    dropped = torch.arange(BATCH) % 3 == 0
+    for chosen in (dropped, dropped & False, dropped | True):
+        found = encode_some(
+            given,
+            trainee.recipe.conditioning,
+            trainee.networks.conditioner,
+            chosen,
+            num_classes=15,
+            autoencoder=trainee.autoencoder,
+        )
+        assert found.parts().keys() == asked.parts().keys()
+        for name, tensor in found.parts().items():
+            assert torch.equal(tensor[~chosen], asked.parts()[name][~chosen])
+            assert torch.equal(tensor[chosen], nothing.parts()[name][chosen])
 
-    def dropped(rate: float) -> dict[str, Tensor]:
-        draws = torch.Generator().manual_seed(1)
-        return drop_conditions(asked, config, encoder, num_classes=15, rate=rate, draws=draws).parts()
 
-    for rate, expected in ((0.0, asked), (1.0, nothing)):
-        found = dropped(rate)
-        assert found.keys() == expected.parts().keys()
-        assert all(torch.equal(tensor, expected.parts()[name]) for name, tensor in found.items())
-    for name, tensor in dropped(0.4).items():
-        flat = [part.parts()[name].reshape(BATCH, -1) for part in (asked, nothing)]
-        rows = tensor.reshape(BATCH, -1)
-        is_asked, is_nothing = ((rows == other).all(1) for other in flat)
-        assert (is_asked | is_nothing).all()
-        if name != "concat" or kind != "hybrid":
-            assert 2 <= int((~is_asked).sum()) <= 11
+def test_conditions_are_dropped_at_the_rate_asked_for(trainee_of: Callable[..., FedTrainee]) -> None:
+    trainee = trainee_of("class_vector", "conditioning.drop_rate=0.3")
+    labels = torch.zeros(4000, dtype=torch.int64)
+    found = trainee.condition({"class_label": labels}, 0, count=4000).label
+    assert found is not None
+    assert float((found == 15).float().mean()) == pytest.approx(0.3, abs=0.03)
+
+
+def test_the_null_class_of_a_larger_table_is_its_last_row_in_training_too(
+    trainee_of: Callable[..., FedTrainee],
+) -> None:
+    trainee = trainee_of("class_vector", "unet.num_classes=101", "conditioning.drop_rate=1")
+    found = trainee.condition({"class_label": torch.zeros(3, dtype=torch.int64)}, 0, count=3).label
+    assert found is not None
+    assert found.tolist() == [100, 100, 100]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in {"class_vector", "embeddings"}])

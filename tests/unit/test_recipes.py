@@ -6,7 +6,7 @@ from math import isclose
 import pytest
 import torch
 
-from flows.preflight import check_condition
+from flows.preflight import check_condition, check_table
 from ldm.errors import RecipeError
 from ldm.model import build_denoising
 from ldm.models.first_stage import IdentityModel, build_first_stage
@@ -222,3 +222,12 @@ def test_celebahq_shrinks_to_what_two_cores_do_in_minutes() -> None:
     assert networks.unet(z, torch.zeros(1)).shape == z.shape
     model = build_first_stage(recipe.first_stage.model)
     assert model.decode(model.encode(torch.zeros(1, 3, 32, 32))).shape == (1, 3, 32, 32)
+
+
+def test_a_table_of_class_vectors_needs_a_row_for_each_class_and_one_for_none() -> None:
+    changes = ["conditioning={kind: class_vector}", "unet.context_dim=null"]
+    check_table(load_recipe("demo", [*changes, "unet.num_classes=16"]), 15)
+    with pytest.raises(
+        RecipeError, match=r"unet.num_classes \(15\) must exceed the 15 classes .* set it to 16"
+    ):
+        check_table(load_recipe("demo", [*changes, "unet.num_classes=15"]), 15)
