@@ -117,8 +117,8 @@ class S3Server:
         weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         assert weed is not None, "SeaweedFS is missing; `make setup` installs it"
         arguments = [f"-{name}={port}" for name, port in self.ports.items()]
-        arguments += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.port.iceberg=0", "-webdav=false"]
-        arguments += ["-master.telemetry=false", "-admin.ui=false", f"-dir={self.folder}"]
+        arguments += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        arguments += ["-webdav=false", "-master.telemetry=false", "-admin.ui=false", f"-dir={self.folder}"]
         self.process = subprocess.Popen(
             [weed, "-logtostderr", "mini", *arguments, f"-bucket={self.BUCKET}"],
             env={**os.environ, "AWS_ACCESS_KEY_ID": self.KEY, "AWS_SECRET_ACCESS_KEY": self.SECRET},
@@ -146,9 +146,12 @@ class S3Server:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, nor on those 10,000 above, where SeaweedFS talks to itself."""
+    """Ports that nobody listens on, nor on those 10,000 above, where SeaweedFS talks to itself.
+
+    Processes with near numbers begin in ten ports of their own, lest they find the same ones at once.
+    """
     found: list[int] = []
-    for port in range(20_000 + os.getpid() % 5000, 50_000):
+    for port in range(20_000 + 10 * (os.getpid() % 1000), 50_000):
         if len(found) == count:
             break
         if all(is_free(place) for place in (port, port + 10_000)):

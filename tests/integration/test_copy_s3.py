@@ -50,7 +50,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     command = [
         *(weed, "-logtostderr", "mini", f"-dir={tmp_path_factory.mktemp('weed')}", f"-bucket={BUCKET}"),
         *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-webdav=false"),
-        *("-s3.port.iceberg=0", "-admin.ui=false", *(f"-{name}={port}" for name, port in ports.items())),
+        *("-s3.port.iceberg=0", "-s3.port.lance=0", "-admin.ui=false"),
+        *(f"-{name}={port}" for name, port in ports.items()),
     ]
     silent = subprocess.DEVNULL
     with subprocess.Popen(command, env=os.environ | environ, stdout=silent, stderr=silent) as process:
