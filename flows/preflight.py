@@ -9,7 +9,7 @@ from datasets.image_shards import image_shards_key
 from datasets.manifest import Manifest
 from datasets.store import Store
 from datasets.url_list import ListPlan, UrlList, plan_list
-from ldm.conditions import fields_of
+from ldm.conditions import fields_of, reads_captions
 from ldm.config import Recipe
 from ldm.errors import RecipeError
 from ldm.evaluation.sets import MIN_SCORED
@@ -54,8 +54,7 @@ def check_data(recipe: Recipe) -> None:
     check_condition(recipe)
     check_table(recipe, recipe.num_classes)
     source = recipe.dataset.source
-    reads_captions = "caption" in fields_of(recipe.conditioning)
-    if reads_captions and isinstance(source, UserUrlList) and not source.caption_column:
+    if reads_captions(recipe.conditioning) and isinstance(source, UserUrlList) and not source.caption_column:
         raise RecipeError(
             f"conditioning 'caption' needs captions, but the list of {recipe.dataset.name} names no column "
             "of them; set dataset.source.caption_column"
@@ -87,13 +86,12 @@ def check_table(recipe: Recipe, num_classes: int) -> None:
 
 def check_pictures(recipe: Recipe, pictures: UrlList) -> None:
     """Refuse pictures that training or scoring would refuse hours later."""
-    fields = fields_of(recipe.conditioning)
-    if "caption" in fields and not any(row.caption for row in pictures.rows):
+    if reads_captions(recipe.conditioning) and not any(row.caption for row in pictures.rows):
         raise RecipeError(
             f"conditioning 'caption' needs captions, but the pictures of {recipe.dataset.name} have none; "
             "put name.txt beside name.png, or set another conditioning"
         )
-    if "class_label" in fields and not pictures.classes:
+    if "class_label" in fields_of(recipe.conditioning) and not pictures.classes:
         assert recipe.conditioning is not None
         raise RecipeError(
             f"conditioning {recipe.conditioning.kind!r} needs classes, but the pictures of "

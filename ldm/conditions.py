@@ -110,6 +110,11 @@ def fields_of(config: AnyConditioning | None) -> tuple[str, ...]:
     return FIELDS[type(config)]
 
 
+def reads_captions(config: AnyConditioning | None) -> bool:
+    """Whether a model of this condition is asked by captions."""
+    return "caption" in fields_of(config)
+
+
 def encode_condition(
     given: Fields,
     config: AnyConditioning | None,
@@ -185,22 +190,22 @@ def null_condition(
         case ClassConditioning(null_class=True), ClassEmbedder():
             null = torch.full((len(like),), num_classes, device=encoder.embedding.weight.device)
             return Condition(context=encoder(null))
-        case ClassVectorConditioning(), _:
+        case ClassVectorConditioning(), AsGiven():
             assert like.label is not None
-            return Condition(label=torch.full_like(like.label, num_classes))
+            return Condition(label=encoder.null(like.label))
         case CaptionConditioning() | LayoutConditioning(), TokenEncoder():
             assert like.context is not None
             empty = torch.from_numpy(encoder.empty).to(like.context.device)[None]
             return Condition(context=encoder(empty).expand(len(like), -1, -1))
-        case EmbeddingsConditioning(), _:
+        case EmbeddingsConditioning(), AsGiven():
             assert like.context is not None
-            return Condition(context=torch.zeros_like(like.context))
-        case SegmentationConditioning() | LowResConditioning(), _:
-            assert like.concat is not None
-            return Condition(concat=torch.zeros_like(like.concat))
-        case MaskedImageConditioning(), AsGiven():
+            return Condition(context=encoder.null(like.context))
+        case LowResConditioning() | MaskedImageConditioning(), AsGiven():
             assert like.concat is not None
             return Condition(concat=encoder.null(like.concat))
+        case SegmentationConditioning(), _:  # no class anywhere, of which the encoder makes zeros
+            assert like.concat is not None
+            return Condition(concat=torch.zeros_like(like.concat))
         case _:
             what = "unconditional" if config is None else f"one of {config.kind!r} without a null condition"
             raise ContractError(f"only a condition can be left out, and this model is {what}")
@@ -239,14 +244,23 @@ def rescaled(given: Tensor, config: SegmentationConditioning, encoder: SpatialRe
 def masked(image: Tensor, mask: Tensor, autoencoder: Autoencoder) -> Tensor:
     """Maps (B, C + 1, h, w) of pictures with holes."""
     autoencoder.check_pictures(image)
-    checked(mask, "mask", (len(image), 1, *image.shape[2:]))
-    if bool(((mask != 0) & (mask != 1)).any()):
+    check_mask(mask, (len(image), 1, *image.shape[2:]))
+    known = torch.where(mask > 0, -1.0, image)
+    return masked_condition(autoencoder.encode(known), mask)
+
+
+def check_mask(mask: object, shape: tuple[int | str, ...]) -> None:
+    """Refuse what does not say of each pixel of pictures whether it is to be painted.
+
+    Raises:
+        ContractError: another shape, or other numbers than 0 and 1.
+    """
+    given = checked(mask, "mask", shape)
+    if bool(((given != 0) & (given != 1)).any()):
         raise ContractError(
             "a mask must be 1 where a picture is to be painted and 0 elsewhere, got other numbers; "
             "compare it with 0.5"
         )
-    known = torch.where(mask > 0, -1.0, image)
-    return masked_condition(autoencoder.encode(known), mask)
 
 
 def whole(given: object, name: str, shape: tuple[int | str, ...]) -> Tensor:

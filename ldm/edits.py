@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.conditions import check_mask
 from ldm.diffusion.editing import paste
 from ldm.errors import ContractError
 from ldm.range import from_uint8
@@ -50,7 +51,7 @@ class Edit:
                 f"strength ({self.strength}) must be above 0 and at most 1; 0.5 goes half of the way"
             )
         if self.mask is not None and self.image is not None:
-            check_mask(self.mask, self.image)
+            check_mask(self.mask, ("B", 1, *self.image.shape[2:]))
 
     def to(self, device: torch.device) -> "Edit":
         """This edit, its pictures on a device."""
@@ -128,17 +129,3 @@ def latent_edit(edit: Edit, encode: Callable[[Tensor], Tensor], factor: int) -> 
 def mask_of(pictures: np.ndarray) -> Tensor:
     """Masks (N, 1, H, W) in {0, 1} of pictures (N, H, W, 3) uint8: 1 where they are nearer to white."""
     return (from_uint8(pictures).mean(1, keepdim=True) > 0).float()
-
-
-def check_mask(mask: Tensor, image: Tensor) -> None:
-    """Refuse a mask that does not say of each pixel of an image whether it is to be painted."""
-    if mask.shape[1:] != (1, *image.shape[2:]):
-        raise ContractError(
-            f"a mask must have the shape (B, 1, {', '.join(map(str, image.shape[2:]))}) of its image, got "
-            f"{tuple(mask.shape)}"
-        )
-    if bool(((mask != 0) & (mask != 1)).any()):
-        raise ContractError(
-            "a mask must be 1 where a picture is to be painted and 0 elsewhere, got other numbers; "
-            "compare it with 0.5"
-        )

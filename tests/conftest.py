@@ -6,7 +6,7 @@ Torch is imported inside the fixtures: the tests of `datasets` do not wait for i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -142,3 +142,15 @@ def kl_chain(cat_store: Store, cat_shards: Manifest, tiny_recipe: Callable[..., 
     """The chain up to latents that are moments."""
     recipe = tiny_recipe("first_stage.model.kind=kl", "first_stage.model.num_codes=null")
     return build_chain(cat_store, cat_shards, recipe)
+
+
+@pytest.fixture(scope="session")
+def with_contract() -> Callable[..., Manifest]:
+    """`with_contract(latents, factor=8)` is the artifact with other values in its contract."""
+
+    def altered(latents: Manifest, **changes: object) -> Manifest:
+        stated = latents.content.statistics["contract"] | changes
+        statistics = dict(latents.content.statistics) | {"contract": stated}
+        return Manifest(replace(latents.content, statistics=statistics), latents.provenance)
+
+    return altered

@@ -15,7 +15,7 @@ import torch
 from datasets.keys import canonical_json
 from datasets.manifest import Manifest
 from datasets.stream import SampleReader
-from ldm.conditions import fields_of
+from ldm.conditions import reads_captions
 from ldm.config import Recipe
 from ldm.errors import ContractError
 from ldm.evaluation import fidelity, reconstruction
@@ -88,8 +88,9 @@ def made_sets(
 def score(job: Job) -> Result:
     """Make the sets, extract their features, compare them, judge the classes, draw what people look at."""
     recipe = job.recipe
-    reads_captions = "caption" in fields_of(recipe.conditioning)
-    held_out = SampleReader(job.store, job.inputs["shards"], split="held_out", captions=reads_captions)
+    held_out = SampleReader(
+        job.store, job.inputs["shards"], split="held_out", captions=reads_captions(recipe.conditioning)
+    )
     count = num_scored(recipe, held_out)
     if count < MIN_SCORED:
         raise ContractError(

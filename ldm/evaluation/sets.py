@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from datasets.stream import SampleReader
-from ldm.conditions import Condition, fields_of
+from ldm.conditions import Condition, reads_captions
 from ldm.config import Recipe
 from ldm.latent_diffusion import LatentDiffusion, class_condition
 from ldm.latents import LatentContract
@@ -54,7 +54,7 @@ def asked_condition(
         labels: its classes, of a model of classes; else only their number counts.
         held_out: a reader of captions, for a model of captions.
     """
-    if "caption" not in fields_of(model.config.conditioning):
+    if not reads_captions(model.config.conditioning):
         return class_condition(model, labels)
     captions = held_out.fetch([i % len(held_out) for i in range(len(labels))])["caption"]
     return model.condition(caption=captions)

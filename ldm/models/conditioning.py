@@ -12,7 +12,7 @@ B batch, L tokens, D width of a token, C channels, H W height and width of a map
     low_res         (B, 3, h, w) in [-1, 1]                 maps (B, 3, h, w)        zeros, mid grey
     masked_image    (B, C + 1, h, w), see masked_condition  maps (B, C + 1, h, w)    zeros, all masked
 
-An encoder turns the second column into the third; its `null` gives the fourth in the shape of the second.
+An encoder turns the second column into the third, and `ldm.conditions.null_condition` what is in the fourth.
 Differs: the published code has null conditions for captions and (one model) classes alone.
 """
 
@@ -47,31 +47,11 @@ class ClassEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, context_dim: int, *, null_class: bool = True) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.has_null = null_class
         self.embedding = nn.Embedding(num_classes + null_class, context_dim)
-
-    @property
-    def last_row(self) -> int:
-        """The null class, where there is one."""
-        return self.embedding.num_embeddings - 1
 
     def forward(self, labels: Tensor) -> Tensor:
         """One token per label, (B, 1, D)."""
         return self.embedding(labels)[:, None, :]
-
-    def null(self, like: Tensor) -> Tensor:
-        """Labels that ask for nothing, (B,) int64.
-
-        Raises:
-            ValueError: this model has no null class.
-        """
-        if not self.has_null:
-            raise ValueError(
-                f"the {self.num_classes} classes of this model include no null class, which guidance and "
-                "dropping of labels need; use neither"
-            )
-        return torch.full_like(like, self.num_classes)
 
 
 class AsGiven(nn.Module):
@@ -110,10 +90,6 @@ class TokenEncoder(nn.Module):
         """A vector per token."""
         return self.transformer(tokens)
 
-    def null(self, like: Tensor) -> Tensor:
-        """The tokens that ask for nothing, (B, L)."""
-        return torch.from_numpy(self.empty).to(like).expand_as(like)
-
 
 class SpatialRescaler(nn.Module):
     """Classes of pixels, halved and mapped to few channels: (B, H, W) int64 -> (B, C, h, w).
@@ -137,10 +113,6 @@ class SpatialRescaler(nn.Module):
         for _ in range(self.num_stages):
             shares = F.interpolate(shares, scale_factor=0.5, mode="bilinear")
         return self.channel_mapper(shares)
-
-    def null(self, like: Tensor) -> Tensor:
-        """No class anywhere, (B, H, W)."""
-        return torch.full_like(like, -1)
 
 
 class Hybrid(nn.Module):

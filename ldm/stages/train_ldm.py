@@ -11,7 +11,7 @@ from safetensors.torch import save
 from datasets.keys import canonical_json
 from datasets.manifest import Manifest
 from datasets.stream import SampleReader
-from ldm.conditions import fields_of
+from ldm.conditions import reads_captions
 from ldm.config import Recipe
 from ldm.evaluation.sets import asked_condition
 from ldm.latent_diffusion import LatentDiffusion, assemble
@@ -57,9 +57,10 @@ def build(job: Job) -> Result:
     recipe, latents = job.recipe, job.inputs["latents"]
     contract = check_contract(latents, recipe, job.inputs["first_stage"])
     first_stage = load_first_stage(job.store, job.inputs["first_stage"])
-    reads_captions = "caption" in fields_of(recipe.conditioning)
-    reader = SampleReader(job.store, latents, split="train", captions=reads_captions)
-    held_out = SampleReader(job.store, latents, split="held_out", captions=reads_captions)
+    reader = SampleReader(job.store, latents, split="train", captions=reads_captions(recipe.conditioning))
+    held_out = SampleReader(
+        job.store, latents, split="held_out", captions=reads_captions(recipe.conditioning)
+    )
     count = min(MOMENT_SAMPLES, len(reader))
     first = reader.in_order(recipe.training.seed, position=0, count=count)["latent"]
     check_moments(torch.from_numpy(first), first_stage, contract)

@@ -1,5 +1,6 @@
 """Latents are used only with the first stage and recipe they were made for, and scaled exactly once."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -39,14 +40,6 @@ class Chain(Protocol):
     latents: Manifest
 
 
-def with_contract(latents: Manifest, **changes: object) -> Manifest:
-    """The artifact with other values in its contract."""
-    stated = latents.content.statistics["contract"] | changes
-    return Manifest(
-        replace(latents.content, statistics=dict(latents.content.statistics) | {"contract": stated}), {}
-    )
-
-
 def use(stage_name: str, chain: Chain, **roles: Manifest) -> None:
     """Begin what a stage does, with some of its inputs exchanged."""
     stage = STAGES[stage_name]
@@ -74,7 +67,9 @@ def other_than(value: Any) -> object:
 
 @pytest.mark.parametrize("stage", USES.values(), ids=USES.keys())
 @pytest.mark.parametrize("name", list(LatentContract.model_fields))
-def test_a_field_that_differs_refuses_by_its_name(name: str, stage: str, vq_chain: Chain) -> None:
+def test_a_field_that_differs_refuses_by_its_name(
+    name: str, stage: str, vq_chain: Chain, with_contract: Callable[..., Manifest]
+) -> None:
     value = getattr(contract_of(vq_chain.latents), name)
     altered = with_contract(vq_chain.latents, **{name: other_than(value)})
     named = "scale" if name in RECORDED else name
@@ -131,7 +126,7 @@ def test_a_scale_applied_before_storing_and_again_when_read_is_refused(vq_chain:
         use("train-ldm", vq_chain, latents=restored(vq_chain, scale))
 
 
-def test_a_scale_that_is_none_is_refused(vq_chain: Chain) -> None:
+def test_a_scale_that_is_none_is_refused(vq_chain: Chain, with_contract: Callable[..., Manifest]) -> None:
     channels = len(contract_of(vq_chain.latents).mean)
     unscaled = with_contract(vq_chain.latents, mean=[0.0] * channels, std=[1.0] * channels, scale=1.0)
     with pytest.raises(ContractError, match=r"standard deviation must be near the recorded 1, but"):

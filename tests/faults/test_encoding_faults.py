@@ -19,6 +19,7 @@ from datasets.keys import sha256_hex
 from datasets.manifest import FileRecord, Manifest
 from datasets.shards import KEY, read_shard, write_shard
 from datasets.store import Store
+from datasets.transfer import carry, pack
 
 if TYPE_CHECKING:
     from ldm.config import Recipe
@@ -38,14 +39,6 @@ class Chain(Protocol):
     store: Store
     shards: Manifest
     first_stage: Manifest
-
-
-def copied(manifest: Manifest, source: Store, target: Store) -> Manifest:
-    """The same artifact in another store."""
-    for record in manifest.content.files:
-        data = source.read(manifest, record.name)
-        target.put(manifest.stage, manifest.key, record.name, data, count=record.count)
-    return target.commit(manifest.content, {})
 
 
 def many_shards(chain: Chain, target: Store) -> Manifest:
@@ -69,10 +62,8 @@ def job_in(target: Store, chain: Chain, recipe: Recipe) -> Job:
     from ldm.training.loop import Silent
 
     stage = STAGES["encode-latents"]
-    inputs = {
-        "shards": many_shards(chain, target),
-        "first_stage": copied(chain.first_stage, chain.store, target),
-    }
+    carry(chain.store, target, pack(chain.store, chain.first_stage, along=lambda child, role: False))
+    inputs = {"shards": many_shards(chain, target), "first_stage": chain.first_stage}
     return Job(stage, target, recipe, stage.key(recipe, inputs), inputs, Silent())
 
 

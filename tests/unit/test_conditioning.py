@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from datasets.conditions.layout import Box, LayoutObject, layout_tokens
 from datasets.conditions.text import caption_tokens
+from ldm.conditions import Condition, null_condition
+from ldm.errors import ContractError
 from ldm.model import build_denoising
 from ldm.models.conditioning import (
     AsGiven,
@@ -61,29 +63,41 @@ def test_a_condition_becomes_what_the_unet_gets(kind: str) -> None:
     assert encoded.isfinite().all()
 
 
+def asked_and_nothing(kind: str, **changes: Any) -> tuple[Tensor, Tensor, Conditioner]:
+    """What the UNet gets of two conditions, and of two that ask for nothing; and the encoder."""
+    conditioner, given = some_conditioner(kind, **changes), KINDS[kind][1]
+    maps = {"segmentation", "low_res", "masked_image"}
+    part = "label" if kind == "class_vector" else "concat" if kind in maps else "context"
+    config = TypeAdapter(Conditioning).validate_python({"kind": kind} | KINDS[kind][0] | changes)
+    asked = Condition(**{part: conditioner(given)})
+    nothing = null_condition(asked, config, conditioner, num_classes=3)
+    return asked.parts()[part], nothing.parts()[part], conditioner
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_the_null_condition_has_the_form_of_a_real_one_and_is_encoded_differently(kind: str) -> None:
-    _, given, shape = KINDS[kind]
-    conditioner = some_conditioner(kind)
-    null = conditioner.null(given)
-    assert (null.shape, null.dtype) == (given.shape, given.dtype)
-    encoded = conditioner(null)
-    assert encoded.shape == shape
-    assert torch.equal(encoded[0], encoded[1])
-    assert not torch.equal(encoded[0], conditioner(given)[0])
+def test_the_null_condition_has_the_form_of_a_real_one_and_is_another(kind: str) -> None:
+    asked, nothing, _ = asked_and_nothing(kind)
+    assert (nothing.shape, nothing.dtype) == (asked.shape, asked.dtype)
+    assert torch.equal(nothing[0], nothing[1])
+    assert not torch.equal(nothing[0], asked[0])
 
 
-def test_null_conditions_are_those_documented() -> None:
-    nulls = {kind: some_conditioner(kind).null(given)[0] for kind, (_, given, _) in KINDS.items()}
-    assert nulls["class_label"] == nulls["class_vector"] == 3
-    assert nulls["caption"][:3].tolist() == [101, 102, 0]
-    assert not nulls["caption"][2:].any()
-    assert (nulls["layout"] == 8191).all()
-    assert (nulls["segmentation"] == -1).all()
-    assert not nulls["embeddings"].any()
-    assert not nulls["low_res"].any()
-    assert (nulls["masked_image"][-1] == 1).all()
-    assert not nulls["masked_image"][:-1].any()
+@pytest.mark.parametrize(
+    ("kind", "documented"),
+    [
+        ("class_label", torch.tensor([3])),
+        ("class_vector", torch.tensor([3])),
+        ("caption", torch.tensor([[101, 102, *[0] * 75]])),
+        ("layout", torch.full((1, 92), 8191)),
+        ("embeddings", torch.zeros(1, 4, 6)),
+        ("segmentation", torch.full((1, 16, 16), -1)),
+        ("low_res", torch.zeros(1, 3, 4, 4)),
+        ("masked_image", torch.cat([torch.zeros(1, 4, 4, 4), torch.ones(1, 1, 4, 4)], dim=1)),
+    ],
+)
+def test_null_conditions_are_those_documented(kind: str, documented: Tensor) -> None:
+    _, nothing, conditioner = asked_and_nothing(kind)
+    torch.testing.assert_close(nothing[:1], conditioner(documented))
 
 
 def test_the_null_class_of_class_vectors_is_the_last_row_of_the_unets_table() -> None:
@@ -96,11 +110,11 @@ def test_the_null_class_of_class_vectors_is_the_last_row_of_the_unets_table() ->
     assert networks.unet(x, t, label=networks.conditioner.null(labels)).shape == x.shape
 
 
-def test_without_a_null_class_there_is_a_row_less_and_nothing_to_drop() -> None:
+def test_without_a_null_class_there_is_a_row_less_and_nothing_to_ask_for_nothing_by() -> None:
     with_null, without = ClassEmbedder(3, 6), ClassEmbedder(3, 6, null_class=False)
     assert (with_null.embedding.num_embeddings, without.embedding.num_embeddings) == (4, 3)
-    with pytest.raises(ValueError, match=r"the 3 classes of this model include no null class"):
-        without.null(torch.tensor([0]))
+    with pytest.raises(ContractError, match=r"this model is one of 'class_label' without a null condition"):
+        asked_and_nothing("class_label", null_class=False, drop_rate=0)
 
 
 def reference_layer(

@@ -143,7 +143,7 @@ def test_a_mask_is_where_a_picture_is_nearer_to_white() -> None:
         (lambda x: Edit(x, strength=0.0), r"strength \(0.0\) must be above 0 and at most 1"),
         (lambda x: Edit(x, strength=1.5), r"strength \(1.5\) must be above 0 and at most 1"),
         (lambda x: Edit(x, mask=torch.full((1, 1, 32, 32), 0.5)), r"a mask must be 1 .* got other numbers"),
-        (lambda x: Edit(x, mask=torch.ones(1, 1, 8, 8)), r"the shape \(B, 1, 32, 32\) of its image, got"),
+        (lambda x: Edit(x, mask=torch.ones(1, 1, 8, 8)), r"mask must have the shape \(B, 1, 32, 32\), got"),
     ],
 )
 def test_an_edit_that_makes_no_sense_is_refused(image: Tensor, edit: Any, message: str) -> None:

@@ -17,6 +17,7 @@ from datasets.samples import decode_image
 from datasets.shards import KEY, Sample, read_shard
 from datasets.store import Store
 from datasets.stream import SampleReader
+from datasets.transfer import carry, pack
 from ldm.config import Encoding, Recipe
 from ldm.encoding import as_stored, encode
 from ldm.errors import ContractError, WorkerError
@@ -41,20 +42,11 @@ class Chain(Protocol):
     latents: Manifest
 
 
-def copied(manifest: Manifest, source: Store, target: Store) -> Manifest:
-    """The same artifact in another store."""
-    for record in manifest.content.files:
-        data = source.read(manifest, record.name)
-        target.put(manifest.stage, manifest.key, record.name, data, count=record.count)
-    return target.commit(manifest.content, {})
-
-
 def job_in(target: Store, chain: Chain, recipe: Recipe) -> Job:
     """The encoding of a chain's pictures in another store."""
-    inputs = {
-        "shards": copied(chain.shards, chain.store, target),
-        "first_stage": copied(chain.first_stage, chain.store, target),
-    }
+    inputs = {"shards": chain.shards, "first_stage": chain.first_stage}
+    for manifest in inputs.values():
+        carry(chain.store, target, pack(chain.store, manifest, along=lambda child, role: False))
     return Job(STAGE, target, recipe, STAGE.key(recipe, inputs), inputs, Silent())
 
 
