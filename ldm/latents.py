@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from datasets.manifest import Manifest
-from ldm.config import FirstStageModel, Recipe
+from ldm.config import Recipe
 from ldm.errors import ContractError
+from ldm.first_stage_config import FirstStageModel
 from ldm.models.first_stage import FirstStage
 from ldm.models.gaussian import split_moments
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ldm.config import FirstStageModel
 from ldm.errors import CheckpointError
+from ldm.first_stage_config import FirstStageModel
 from ldm.model import Denoising
 from ldm.model_config import LatentDiffusionModel
 from ldm.models.conditioning import build_conditioner

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from datasets.manifest import Manifest
 from datasets.store import Store
-from ldm.config import FirstStageModel, Recipe, require_divisible
+from ldm.config import Recipe, require_divisible
 from ldm.errors import ContractError
+from ldm.first_stage_config import FirstStageModel
 from ldm.models.band_plan import GIB, Coding, plan_rows
 from ldm.models.bands import decode_in_bands, encode_in_bands
 from ldm.models.conditioning import Conditioner, Hybrid, build_conditioner

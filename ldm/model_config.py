@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ldm.config import Diffusion, FirstStageModel, Recipe
+from ldm.config import Diffusion, Recipe
+from ldm.first_stage_config import FirstStageModel
 from ldm.network_config import (
     ClassConditioning,
     ClassVectorConditioning,

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from datasets.blobs import TEMPORARY, make_folder, sync_folder
 from datasets.keys import sha256_file
-from ldm.config import Config, FirstStageModel
+from ldm.config import Config
 from ldm.errors import CheckpointError
+from ldm.first_stage_config import FirstStageModel
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.layout import first_stage_layout, networks_layout, networks_of, require_layout
 from ldm.model import WEIGHTS, Autoencoder, restore_first_stage

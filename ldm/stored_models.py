@@ -8,8 +8,9 @@ from torch import Tensor
 from datasets.keys import artifact_key
 from datasets.manifest import Content, Manifest
 from datasets.store import Store
-from ldm.config import FirstStageModel, Recipe
+from ldm.config import Recipe
 from ldm.errors import CheckpointError, ContractError, ModelNotFoundError
+from ldm.first_stage_config import FirstStageModel
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.model import WEIGHTS, first_stage_weights
 from ldm.model_config import Weights, model_config_of

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ldm.bridge.foreign import read_checkpoint
 from ldm.bridge.section import Section, first_stage_model
-from ldm.config import FirstStageModel
 from ldm.errors import CheckpointError
+from ldm.first_stage_config import FirstStageModel
 from ldm.layout import first_stage_layout, require_layout
 from ldm.model_folder import Origin, StoredModel, dense
 from ldm.models.discriminator import PatchDiscriminator

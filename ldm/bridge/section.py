@@ -6,8 +6,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from ldm.config import Config, FirstStageModel
+from ldm.config import Config
 from ldm.errors import CheckpointError
+from ldm.first_stage_config import FirstStageModel
 from ldm.layout import listed
 
 T = TypeVar("T", bool, int, float, str)

@@ -8,8 +8,8 @@ from datasets.keys import sha256_file
 from ldm.bridge import compvis, compvis_ldm, diffusers, diffusers_ldm
 from ldm.bridge.compvis_ldm_config import TARGETS, may_have_one_head
 from ldm.bridge.parity import parity, said
-from ldm.config import FirstStageModel
 from ldm.errors import CheckpointError
+from ldm.first_stage_config import FirstStageModel
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.model import Autoencoder
 from ldm.model_folder import (

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ldm.config import FirstStageModel
 from ldm.errors import ContractError
+from ldm.first_stage_config import FirstStageModel
 from ldm.models.autoencoder import MAX_QUERIES
 from ldm.models.bands import MIN_ROWS
 from ldm.models.quantizer import MAX_DISTANCES

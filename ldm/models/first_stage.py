@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ldm.config import FirstStageModel
+from ldm.first_stage_config import FirstStageModel
 from ldm.models.autoencoder import Decoder, Encoder, ResnetBlock, to_channels_last
 from ldm.models.gaussian import sample_posterior, split_moments
 from ldm.models.quantizer import Quantized, VectorQuantizer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from datasets.stream import SampleReader
 from ldm.conditions import Condition, Fields, fields_of
-from ldm.config import Recipe, Training
+from ldm.config import Recipe
 from ldm.diffusion.objective import draw_timesteps, loss_weights, prediction_loss, with_log_variance
 from ldm.diffusion.schedule import build_schedule
 from ldm.latents import LatentContract, scaled_latent
@@ -23,6 +23,7 @@ from ldm.training.dropout import encode_some
 from ldm.training.ema import Ema
 from ldm.training.loop import History, learning_rate
 from ldm.training.randomness import generator, seed_of
+from ldm.training_config import Training
 
 TIMESTEP_BUCKETS = 4
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from datasets.stream import SampleReader
-from ldm.config import FirstStageRecipe, FirstStageTraining
 from ldm.errors import TrainingError
+from ldm.first_stage_config import FirstStageRecipe, FirstStageTraining
 from ldm.health_page import health_page
 from ldm.models.autoencoder import to_channels_last
 from ldm.models.discriminator import PatchDiscriminator, hinge_loss

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.config import FirstStageLoss
+from ldm.first_stage_config import FirstStageLoss
 from ldm.models.first_stage import KLModel, VQModel
 from ldm.models.gaussian import kl_to_standard_normal
 from ldm.models.lpips import LPIPS

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.config import FirstStageLoss
+from ldm.first_stage_config import FirstStageLoss
 from ldm.models.first_stage import KLModel, VQModel
 from ldm.models.gaussian import split_moments
 from ldm.training.first_stage_loss import MAX_ADAPTIVE_WEIGHT, Encoded

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from datasets.store import WorkArea
-from ldm.config import Training
 from ldm.errors import TrainingError
 from ldm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ldm.training.randomness import seed_of
+from ldm.training_config import Training
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_EVERY_S = 20.0

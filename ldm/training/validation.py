@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from datasets.stream import SampleReader
-from ldm.config import MIN_RFID_IMAGES, FirstStageLoss, FirstStageTraining, Validation
 from ldm.errors import TrainingError
 from ldm.evaluation.reconstruction import psnr, ssim
 from ldm.evaluation.sets import nchw, reconstruct
+from ldm.first_stage_config import MIN_RFID_IMAGES, FirstStageLoss, FirstStageTraining, Validation
 from ldm.models.first_stage import FirstStage
 from ldm.models.lpips import LPIPS
 from ldm.range import from_uint8

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets.stream import SampleReader
-from ldm.config import FirstStageModel, FirstStageRecipe
+from ldm.first_stage_config import FirstStageModel, FirstStageRecipe
 from ldm.models.discriminator import PatchDiscriminator, hinge_loss
 from ldm.models.first_stage import KLModel, VQModel, build_first_stage
 from ldm.models.lpips import LPIPS, build_lpips, unit_normalised

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ldm.bridge.diffusers import diffusers_config, to_diffusers
-from ldm.config import FirstStageModel
+from ldm.first_stage_config import FirstStageModel
 from ldm.models.first_stage import KLModel, VQModel
 
 NUM_THREADS = 2

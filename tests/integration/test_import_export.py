@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.config import FirstStageModel
+from ldm.first_stage_config import FirstStageModel
 from ldm.model import Autoencoder, load_first_stage
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"

@@ -14,8 +14,9 @@ from torch import Tensor
 from ldm.bridge.diffusers_unet import diffusers_unet_config, from_diffusers_unet, to_diffusers_unet
 from ldm.bridge.transfer import export_to_folder
 from ldm.conditions import Condition
-from ldm.config import Diffusion, FirstStageModel
+from ldm.config import Diffusion
 from ldm.errors import CheckpointError
+from ldm.first_stage_config import FirstStageModel
 from ldm.layout import first_stage_layout, networks_layout
 from ldm.model_config import LatentDiffusionModel
 from ldm.model_folder import Origin, StoredDiffusion, latent_diffusion_of

@@ -14,7 +14,7 @@ from torch import Tensor
 import ldm
 from ldm.bridge.diffusers import CONFIG, WEIGHTS
 from ldm.bridge.transfer import export_to_folder, import_to_folder
-from ldm.config import FirstStageModel
+from ldm.first_stage_config import FirstStageModel
 from ldm.layout import first_stage_layout
 from ldm.model import Autoencoder
 from ldm.model_folder import Origin, StoredModel, autoencoder_of, read_model_folder

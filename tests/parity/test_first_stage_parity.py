@@ -20,7 +20,7 @@ from ldm.bridge.compvis import first_stage_config, published_config, published_l
 from ldm.bridge.foreign import read_checkpoint
 from ldm.bridge.section import Section
 from ldm.bridge.transfer import export_to_folder, import_to_folder
-from ldm.config import FirstStageModel
+from ldm.first_stage_config import FirstStageModel
 from ldm.layout import first_stage_layout
 from ldm.model import Autoencoder
 from ldm.model_folder import read_model_folder

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from ldm.config import Training
 from ldm.diffusion.ddim import ddim_sigma
 from ldm.diffusion.schedule import (
     cosine_schedule,
@@ -21,6 +20,7 @@ from ldm.diffusion.schedule import (
 from ldm.diffusion.times import ddim_timesteps, published_timesteps, quad_timesteps
 from ldm.models.unet import timestep_embedding
 from ldm.training.loop import learning_rate
+from ldm.training_config import Training
 
 pytestmark = pytest.mark.parity
 PUBLISHED = load_file(Path(__file__).parent / "fixtures" / "schedules.safetensors")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm.config import FirstStageModel
+from ldm.first_stage_config import FirstStageModel
 from ldm.models.autoencoder import AttnBlock, Downsample, ResnetBlock, Upsample, group_norm
 from ldm.models.first_stage import KLModel, VQModel, build_first_stage, decode_in_micro_batches
 

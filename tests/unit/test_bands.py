@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldm.config import FirstStageModel
 from ldm.errors import ContractError
+from ldm.first_stage_config import FirstStageModel
 from ldm.model import Autoencoder
 from ldm.models import autoencoder, quantizer
 from ldm.models.autoencoder import AttnBlock

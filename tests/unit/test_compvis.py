@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ldm.bridge.compvis import first_stage_config, published_config, read_first_stage
 from ldm.bridge.section import Section
-from ldm.config import FirstStageModel
 from ldm.errors import CheckpointError
+from ldm.first_stage_config import FirstStageModel
 from ldm.layout import first_stage_layout
 
 SMALL = {"channels": 32, "channel_mult": (1, 1, 1), "num_res_blocks": 1, "z_channels": 4}

@@ -4,10 +4,11 @@ import pytest
 from pydantic import ValidationError
 
 from datasets.errors import ConfigError
-from ldm.config import Evaluation, Recipe, Training, require_divisible
+from ldm.config import Evaluation, Recipe, require_divisible
 from ldm.errors import RecipeError
 from ldm.network_config import CaptionConditioning, ClassConditioning
 from ldm.recipe import load_recipe, recipe_names
+from ldm.training_config import Training
 
 BROKEN = {
     "unequal shards": (

@@ -16,8 +16,8 @@ from ldm.bridge.diffusers import (
     write_first_stage,
 )
 from ldm.bridge.section import Section
-from ldm.config import FirstStageModel
 from ldm.errors import CheckpointError
+from ldm.first_stage_config import FirstStageModel
 from ldm.layout import first_stage_layout
 from ldm.model_folder import Origin, StoredModel
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from datasets.stream import SampleReader
-from ldm.config import FirstStageRecipe, Recipe
+from ldm.config import Recipe
+from ldm.first_stage_config import FirstStageRecipe
 from ldm.models.discriminator import hinge_loss
 from ldm.training.first_stage import FirstStageTrainee
 from ldm.training.first_stage_loss import (

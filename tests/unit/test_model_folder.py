@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import ldm
-from ldm.config import FirstStageModel
 from ldm.errors import CheckpointError, ContractError
+from ldm.first_stage_config import FirstStageModel
 from ldm.layout import first_stage_layout
 from ldm.model import WEIGHTS, Autoencoder
 from ldm.model_folder import (

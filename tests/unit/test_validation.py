@@ -12,10 +12,11 @@ from datasets.samples import encode_image
 from datasets.shards import write_shard
 from datasets.store import Store
 from datasets.stream import SampleReader
-from ldm.config import Recipe, Validation
+from ldm.config import Recipe
 from ldm.errors import TrainingError
 from ldm.evaluation import reconstruction
 from ldm.evaluation.sets import nchw, reconstruct
+from ldm.first_stage_config import Validation
 from ldm.model import WEIGHTS
 from ldm.models.lpips import build_lpips
 from ldm.range import from_uint8
