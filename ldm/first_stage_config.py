@@ -90,25 +90,6 @@ class FirstStageLoss(Config):
     """A code unused for so many images moves onto a latent of the batch; 0 leaves dead ones dead. VQ only."""
 
 
-class FirstStageTraining(Training):
-    """A training run of a first stage, whose batch statistics belong to virtual shards."""
-
-    virtual_shards: int = Field(default=1, ge=1)
-    """Equal shards that each batch is cut into, in order. Discriminator BatchNorm and adaptive weight are
-    those of a shard; gradients are averaged over the shards by a fixed tree. Part of the bits."""
-
-    @model_validator(mode="after")
-    def check_shards(self) -> Self:
-        """The shards of a batch are equal."""
-        if self.batch_size % self.virtual_shards:
-            divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
-            raise ValueError(
-                f"virtual_shards ({self.virtual_shards}) must divide batch_size ({self.batch_size}); "
-                f"use one of {', '.join(map(str, divisors))}"
-            )
-        return self
-
-
 class Validation(Config):
     """Scores of held-out pictures while a first stage trains, and what follows from them."""
 
@@ -148,7 +129,7 @@ class FirstStageRecipe(Config):
     description: str = ""
     model: FirstStageModel
     loss: FirstStageLoss = FirstStageLoss()
-    training: FirstStageTraining | None = None
+    training: Training | None = None
     """None for the identity, which has nothing to train."""
     gradient_checkpointing: bool = False
     """Train in less memory and more time; the bits are the same, so it is no part of the key."""

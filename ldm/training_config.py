@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from ldm.network_config import Config
 
+NOT_WHAT = {"picture_every_images", "ranks"}
+"""Settings of a training run that change no bit of its result."""
+
 
 class Training(Config):
     """A training run, counted in images seen."""
@@ -33,6 +36,15 @@ class Training(Config):
     """Largest norm of the gradient; None leaves it alone."""
     mirror: bool = False
     """Mirror pictures left to right with probability 1/2."""
+    virtual_shards: int = Field(default=1, ge=1)
+    """Equal shards that each batch is cut into, in order: what one pass through the networks takes. Random
+    draws and batch statistics are those of a shard; gradients are averaged over the shards by a fixed tree.
+    Part of the bits."""
+    ranks: int = Field(default=1, ge=1)
+    """Processes that train together, each with `threads` threads or a GPU of its own, and a part of the
+    virtual shards. The bits are the same for any number, so it is no part of the key."""
+    skip_steps: tuple[int, ...] = ()
+    """Steps, from 0, that are left out, as one is whose loss or gradient is not finite."""
     seed: int = 0
     picture_every_images: int = Field(default=50_000, gt=0)
     """Images between pictures for people to look at."""
@@ -57,8 +69,31 @@ class Training(Config):
                 f"warmup_images ({self.warmup_images}) must end before the learning rate has fallen, at "
                 f"{self.decay_images or self.num_images} images; use a shorter warm-up"
             )
+        self.check_shards()
         if self.num_steps < 1:
             raise ValueError(
                 f"num_images ({self.num_images}) must reach one batch ({self.batch_size}); set it higher"
             )
         return self
+
+    def check_shards(self) -> None:
+        """The shards of a batch are equal, and ranks have equal parts that are whole branches of the tree."""
+        if self.batch_size % self.virtual_shards:
+            divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            raise ValueError(
+                f"virtual_shards ({self.virtual_shards}) must divide batch_size ({self.batch_size}); "
+                f"use one of {', '.join(map(str, divisors))}"
+            )
+        shards = self.virtual_shards
+        allowed = [n for n in powers_of_two(shards) if n == 1 or shards in powers_of_two(shards)]
+        if self.ranks not in allowed:
+            raise ValueError(
+                f"ranks ({self.ranks}) must be a power of two that leaves each rank 1, 2, 4, ... of the "
+                f"virtual_shards ({self.virtual_shards}); use ranks of {', '.join(map(str, allowed))}, or "
+                f"virtual_shards={2 ** (self.ranks - 1).bit_length()}, which trains to other bits"
+            )
+
+
+def powers_of_two(limit: int) -> list[int]:
+    """1, 2, 4, ... up to a limit."""
+    return [2**n for n in range(limit.bit_length())]

@@ -4,7 +4,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,7 +12,12 @@ from datasets.keys import artifact_key
 from datasets.manifest import Content, FileRecord, Manifest, Parent
 from datasets.store import Store, WorkArea
 from ldm.config import Recipe
-from ldm.training.loop import Report
+from ldm.launch.supervisor import supervise
+from ldm.training.loop import History, Report, Trainee, train
+from ldm.training.ranks import ALONE, Ranks
+from ldm.training_config import Training
+
+TraineeT = TypeVar("TraineeT", bound=Trainee)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Stage:
     """Does the work, from wherever an earlier attempt left off."""
     need_bytes: Callable[[Recipe, Mapping[str, Manifest]], int]
     """Free space the work takes at its height."""
+    make_trainee: "Callable[[Job, Ranks], Trainee] | None" = None
+    """What is trained, as one of several ranks sees it; None for stages that train nothing."""
 
     def key(self, recipe: Recipe, inputs: Mapping[str, Manifest]) -> str:
         """Key of the result of these inputs."""
@@ -94,6 +101,18 @@ class Stage:
         manifest = job.store.commit(content, provenance())
         job.work.clear()
         return manifest
+
+
+def trained(job: Job, training: Training, make: Callable[[Job, Ranks], TraineeT]) -> tuple[TraineeT, History]:
+    """A trainee in its final state, and all that it logged.
+
+    Ranks, if there are several, leave their final checkpoint in the work area; from there this process goes
+    on as if it had been cut off.
+    """
+    if training.ranks > 1:
+        supervise(job, training.ranks)
+    trainee = make(job, ALONE)
+    return trainee, train(trainee, job.work, report=job.report)
 
 
 def environment(recipe: Recipe) -> dict[str, Any]:

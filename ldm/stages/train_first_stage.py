@@ -11,11 +11,13 @@ from datasets.stream import SampleReader
 from ldm.config import Recipe
 from ldm.model import WEIGHTS
 from ldm.pictures import curves
-from ldm.stages.stage import Job, Result, Stage
+from ldm.stages.stage import Job, Result, Stage, trained
 from ldm.training.first_stage import FirstStageTrainee
-from ldm.training.loop import History, images_seen, train
+from ldm.training.loop import History, images_seen
+from ldm.training.ranks import Ranks
 from ldm.training.validation import best
 from ldm.training.verdicts import judge
+from ldm.training_config import NOT_WHAT
 from ldm.weights import inception_state
 
 MIB = 2**20
@@ -26,7 +28,7 @@ def what(recipe: Recipe) -> dict[str, Any]:
     return {
         "model": recipe.first_stage.model.model_dump(mode="json"),
         "loss": recipe.first_stage.loss.model_dump(mode="json"),
-        "training": recipe.first_stage.training.model_dump(mode="json", exclude={"picture_every_images"})
+        "training": recipe.first_stage.training.model_dump(mode="json", exclude=NOT_WHAT)
         if recipe.first_stage.training
         else None,
         "validation": recipe.first_stage.validation.model_dump(mode="json")
@@ -46,16 +48,10 @@ def need_bytes(recipe: Recipe, inputs: Mapping[str, Manifest]) -> int:
 
 def build(job: Job) -> Result:
     """Train, then store the averaged and the raw weights with the history of every metric."""
-    if job.recipe.first_stage.training is None:
+    training = job.recipe.first_stage.training
+    if training is None:
         return Result(files=(), statistics={"num_images": 0})
-    shards = job.inputs["shards"]
-    trainee = FirstStageTrainee(
-        job.recipe.first_stage,
-        SampleReader(job.store, shards, split="train"),
-        SampleReader(job.store, shards, split="held_out"),
-        inception=lambda: inception_state(job.store.local_root / "cache"),
-    )
-    history = train(trainee, job.work, report=job.report)
+    trainee, history = trained(job, training, make_trainee)
     pictures = {**trainee.look(history), **loss_curves(history)}
     for name, png in pictures.items():
         job.report.picture(name, images_seen(history), png)
@@ -67,6 +63,18 @@ def build(job: Job) -> Result:
         job.put("health.png", pictures["first_stage_health"]),
     )
     return Result(files=files, statistics=last_values(history) | how_it_went(trainee, history))
+
+
+def make_trainee(job: Job, ranks: Ranks) -> FirstStageTrainee:
+    """The first stage in training, as one of the ranks has it."""
+    shards = job.inputs["shards"]
+    return FirstStageTrainee(
+        job.recipe.first_stage,
+        SampleReader(job.store, shards, split="train"),
+        SampleReader(job.store, shards, split="held_out"),
+        inception=lambda: inception_state(job.store.local_root / "cache"),
+        ranks=ranks,
+    )
 
 
 def how_it_went(trainee: FirstStageTrainee, history: History) -> dict[str, Any]:
@@ -101,9 +109,10 @@ def last_values(history: History) -> dict[str, Any]:
 
 TRAIN_FIRST_STAGE = Stage(
     name="train-first-stage",
-    code_version=2,
+    code_version=3,
     inputs={"shards": "download-shards"},
     what=what,
     build=build,
     need_bytes=need_bytes,
+    make_trainee=make_trainee,
 )

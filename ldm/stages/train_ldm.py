@@ -19,11 +19,12 @@ from ldm.latents import check_contract, check_moments
 from ldm.model import WEIGHTS, Denoising, build_denoising, load_first_stage
 from ldm.pictures import grid, png
 from ldm.range import to_uint8
-from ldm.stages.stage import Job, Result, Stage
+from ldm.stages.stage import Job, Result, Stage, trained
 from ldm.stages.train_first_stage import last_values, loss_curves
 from ldm.stored_models import RAW
 from ldm.training.diffusion import DiffusionTrainee
-from ldm.training.loop import train
+from ldm.training.ranks import Ranks
+from ldm.training_config import NOT_WHAT
 
 MIB = 2**20
 MOMENT_SAMPLES = 512
@@ -37,7 +38,7 @@ def what(recipe: Recipe) -> dict[str, Any]:
         "unet": recipe.unet.model_dump(mode="json", exclude={"checkpoint_activations"}),
         "conditioning": recipe.conditioning.model_dump(mode="json") if recipe.conditioning else None,
         "diffusion": recipe.diffusion.model_dump(mode="json"),
-        "training": recipe.training.model_dump(mode="json", exclude={"picture_every_images"}),
+        "training": recipe.training.model_dump(mode="json", exclude=NOT_WHAT),
         "threads": recipe.threads,
     }
 
@@ -57,21 +58,11 @@ def build(job: Job) -> Result:
     recipe, latents = job.recipe, job.inputs["latents"]
     contract = check_contract(latents, recipe, job.inputs["first_stage"])
     first_stage = load_first_stage(job.store, job.inputs["first_stage"])
-    reader = SampleReader(job.store, latents, split="train", captions=reads_captions(recipe.conditioning))
-    held_out = SampleReader(
-        job.store, latents, split="held_out", captions=reads_captions(recipe.conditioning)
-    )
+    reader = latents_of(job, "train")
     count = min(MOMENT_SAMPLES, len(reader))
     first = reader.in_order(recipe.training.seed, position=0, count=count)["latent"]
     check_moments(torch.from_numpy(first), first_stage, contract)
-    classes = latents.content.statistics["classes"] if recipe.conditioning else []
-
-    def look(networks: Denoising) -> dict[str, bytes]:
-        model = assemble(recipe, networks, first_stage, scale=contract.scale, classes=classes)
-        return {"samples": sample_grid(model, recipe, held_out, per_class=2, steps=LOOK_STEPS)}
-
-    trainee = DiffusionTrainee(recipe, reader, contract, first_stage, num_classes=len(classes), look=look)
-    history = train(trainee, job.work, report=job.report)
+    trainee, history = trained(job, recipe.training, make_trainee)
     for name, picture in {**trainee.look(history), **loss_curves(history)}.items():
         job.report.picture(name, recipe.training.num_images, picture)
     raw = {name: value.contiguous() for name, value in trainee.networks.state_dict().items()}
@@ -84,7 +75,40 @@ def build(job: Job) -> Result:
     return Result(
         files=files,
         statistics=last_values(history)
-        | {"num_parameters": parameters, "scale": contract.scale, "classes": list(classes)},
+        | {"num_parameters": parameters, "scale": contract.scale, "classes": list(classes_of(job))},
+    )
+
+
+def latents_of(job: Job, split: str) -> SampleReader:
+    """The latents of a split, with captions where the model is asked by them."""
+    captions = reads_captions(job.recipe.conditioning)
+    return SampleReader(job.store, job.inputs["latents"], split=split, captions=captions)
+
+
+def classes_of(job: Job) -> Sequence[str]:
+    """The classes that the model is asked by, none without a condition."""
+    return job.inputs["latents"].content.statistics["classes"] if job.recipe.conditioning else []
+
+
+def make_trainee(job: Job, ranks: Ranks) -> DiffusionTrainee:
+    """The diffusion model in training, as one of the ranks has it."""
+    recipe, classes = job.recipe, classes_of(job)
+    contract = check_contract(job.inputs["latents"], recipe, job.inputs["first_stage"])
+    first_stage = load_first_stage(job.store, job.inputs["first_stage"])
+    held_out = latents_of(job, "held_out")
+
+    def look(networks: Denoising) -> dict[str, bytes]:
+        model = assemble(recipe, networks, first_stage, scale=contract.scale, classes=classes)
+        return {"samples": sample_grid(model, recipe, held_out, per_class=2, steps=LOOK_STEPS)}
+
+    return DiffusionTrainee(
+        recipe,
+        latents_of(job, "train"),
+        contract,
+        first_stage,
+        num_classes=len(classes),
+        look=look,
+        ranks=ranks,
     )
 
 
@@ -122,9 +146,10 @@ def labelled_grid(
 
 TRAIN_LDM = Stage(
     name="train-ldm",
-    code_version=2,
+    code_version=3,
     inputs={"latents": "encode-latents", "first_stage": "train-first-stage"},
     what=what,
     build=build,
     need_bytes=need_bytes,
+    make_trainee=make_trainee,
 )

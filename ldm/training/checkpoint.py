@@ -28,13 +28,20 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     history: dict[str, list[tuple[int, float]]]
     """Logged metrics so far: name -> (images seen, value)."""
+    skipped: tuple[int, ...] = ()
+    """Steps that were left out because their numbers were not finite."""
 
 
 def save_checkpoint(work: WorkArea, checkpoint: Checkpoint) -> None:
     """Write a checkpoint into the work area, then drop all but the newest two."""
     data = save({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()})
     name = f"checkpoint-{checkpoint.step:09d}"
-    record = {"step": checkpoint.step, "sha256": sha256_hex(data), "history": checkpoint.history}
+    record = {
+        "step": checkpoint.step,
+        "sha256": sha256_hex(data),
+        "history": checkpoint.history,
+        "skipped": checkpoint.skipped,
+    }
     work.write(f"{name}.safetensors", data)
     work.write(f"{name}.json", canonical_json(record))
     for old in saved(work)[:-KEPT]:
@@ -69,7 +76,7 @@ def parse(record: bytes | None, data: bytes | None) -> Checkpoint | None:
     if not isinstance(meta, dict) or meta.get("sha256") != sha256_hex(data):
         return None
     history = {name: [(int(n), float(v)) for n, v in points] for name, points in meta["history"].items()}
-    return Checkpoint(step=meta["step"], tensors=load(data), history=history)
+    return Checkpoint(step=meta["step"], tensors=load(data), history=history, skipped=tuple(meta["skipped"]))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:

@@ -23,12 +23,20 @@ class CodeUse:
         num_codes: N, 0 for a first stage without codebook.
         batch_size: pictures per step.
         revive_after_images: images after which an unused code is moved; 0 never moves one.
+        device: where the codebook is.
     """
 
-    def __init__(self, num_codes: int, *, batch_size: int, revive_after_images: int) -> None:
+    def __init__(
+        self,
+        num_codes: int,
+        *,
+        batch_size: int,
+        revive_after_images: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.batch_size, self.revive_after_images = batch_size, revive_after_images
-        self.used_at = torch.zeros(num_codes, dtype=torch.int64)
-        self.num_revived = torch.zeros((), dtype=torch.int64)
+        self.used_at = torch.zeros(num_codes, dtype=torch.int64, device=device)
+        self.num_revived = torch.zeros((), dtype=torch.int64, device=device)
 
     def track(
         self,

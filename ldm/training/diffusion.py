@@ -18,11 +18,14 @@ from ldm.diffusion.schedule import build_schedule
 from ldm.latents import LatentContract, scaled_latent
 from ldm.model import Autoencoder, Denoising, build_denoising
 from ldm.models.first_stage import FirstStage
+from ldm.training.batches import Batches
 from ldm.training.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
 from ldm.training.dropout import encode_some
 from ldm.training.ema import Ema
-from ldm.training.loop import History, learning_rate
+from ldm.training.loop import History, is_logged, learning_rate
 from ldm.training.randomness import generator, seed_of
+from ldm.training.ranks import ALONE, Ranks
+from ldm.training.virtual_shards import run_shards
 from ldm.training_config import Training
 
 TIMESTEP_BUCKETS = 4
@@ -37,6 +40,8 @@ class DiffusionTrainee:
         contract: what the latents are; its scale is applied here, once.
         first_stage: turns stored latents into latents.
         num_classes: classes of the data set.
+        ranks: who trains with this process.
+        device: where the networks are.
         look: called with the averaged networks, gives pictures.
     """
 
@@ -49,45 +54,64 @@ class DiffusionTrainee:
         *,
         num_classes: int,
         look: Callable[[Denoising], Mapping[str, bytes]],
+        ranks: Ranks = ALONE,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.recipe, self.training = recipe, recipe.training
-        self.reader, self.contract, self.first_stage, self.look_at = reader, contract, first_stage, look
+        self.recipe, self.training, self.ranks = recipe, recipe.training, ranks
+        self.device = torch.device(device)
+        self.batches = Batches(reader, self.training, ranks)
+        self.contract, self.first_stage, self.look_at = contract, first_stage, look
+        if isinstance(first_stage, nn.Module):
+            first_stage.to(self.device)
         self.autoencoder = Autoencoder(first_stage, recipe.first_stage.model)
         rows = recipe.unet.num_classes  # of a table of class vectors, whose last is the null class
         self.num_classes = num_classes if rows is None else rows - 1
         torch.manual_seed(seed_of(self.training.seed, "diffusion"))
         self.networks = build_denoising(recipe, num_classes=num_classes)
-        self.networks.train()
+        self.networks.train().to(self.device)
         diffusion = recipe.diffusion
         self.schedule = build_schedule(diffusion)
         self.weights = loss_weights(
             self.schedule, objective=diffusion.objective, weighting=diffusion.weighting
-        )
+        ).to(self.device)
         self.log_variance = (
-            nn.Parameter(torch.zeros(diffusion.num_timesteps)) if diffusion.learn_log_variance else None
+            nn.Parameter(torch.zeros(diffusion.num_timesteps, device=self.device))
+            if diffusion.learn_log_variance
+            else None
         )
         learned = [] if self.log_variance is None else [self.log_variance]
         self.optimizer = adamw([*self.networks.parameters(), *learned], self.training)
         self.ema = Ema(dict(self.networks.named_parameters()), decay=self.training.ema_decay)
+        self.gradient_norm = torch.zeros(())
 
-    def batch(self, step: int) -> tuple[Tensor, Fields]:
-        """Scaled latents (B, C, h, w) of the step-th batch, and the fields of their conditions."""
+    def gradients(self, step: int) -> dict[str, Tensor]:
+        """Gradients of the step-th step, the mean over its virtual shards."""
         training = self.training
-        position = step * training.batch_size
-        samples = self.reader.in_order(training.seed, position=position, count=training.batch_size)
-        stored = torch.from_numpy(samples["latent"])
-        draws = generator(training.seed, step, "posterior")
-        latents = scaled_latent(self.first_stage, stored, self.contract, generator=draws)
-        given = fields_from(samples, fields_of(self.recipe.conditioning))
-        return latents.contiguous(memory_format=torch.channels_last), given
+        samples, own = self.batches.at(step), self.ranks.own(training.virtual_shards)
+        size = training.batch_size // training.virtual_shards
 
-    def step(self, step: int) -> Mapping[str, Tensor]:
-        """One optimiser step on one batch."""
-        seed = self.training.seed
-        x_0, given = self.batch(step)
-        t = draw_timesteps(len(x_0), self.schedule.num_timesteps, generator(seed, step, "timesteps"))
-        eps = torch.randn(x_0.shape, generator=generator(seed, step, "noise"))
-        asked = self.condition(given, step, count=len(x_0))
+        def work(index: int) -> tuple[dict[str, Tensor], None]:
+            start = (index - own.start) * size
+            shard = {name: value[start : start + size] for name, value in samples.items()}
+            return self.backward(shard, step, index), None
+
+        learned = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        logged, _ = run_shards(work, training.virtual_shards, parameters=learned, ranks=self.ranks)
+        found = [p.grad for p in self.networks.parameters() if p.grad is not None]
+        self.gradient_norm = logged["gradient_norm"] = nn.utils.get_total_norm(found).detach()
+        return quarters(logged)
+
+    def backward(self, samples: Mapping[str, Any], step: int, index: int) -> dict[str, Tensor]:
+        """Gradients of one shard of a step, and what is logged; the first one draws as a step of one does."""
+        seed, key = self.training.seed, (index,) if index else ()
+        if index:
+            torch.manual_seed(seed_of(seed, step, "layers", *key))
+        x_0 = self.latents(samples["latent"], step, *key)
+        given = fields_from(samples, fields_of(self.recipe.conditioning))
+        t = draw_timesteps(len(x_0), self.schedule.num_timesteps, generator(seed, step, "timesteps", *key))
+        eps = torch.randn(x_0.shape, generator=generator(seed, step, "noise", *key))
+        t, eps = t.to(self.device), eps.to(self.device)
+        asked = self.condition(given, step, *key, count=len(x_0))
         losses = prediction_loss(
             lambda x_t, t: self.networks.unet(x_t, t, asked.context, concat=asked.concat, label=asked.label),
             x_0,
@@ -102,23 +126,38 @@ class DiffusionTrainee:
             weighted = with_log_variance(weighted, self.log_variance, t)
         loss = weighted.mean()
         loss.backward()
-        logged = {"loss": loss.detach(), **self.by_timestep(losses.detach(), t)}
+        measured = is_logged(self.training, step + 1)
+        return {"loss": loss.detach(), **(self.by_timestep(losses.detach(), t) if measured else {})}
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        """Step on the gradients that are there; the averages follow."""
         if self.training.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.networks.parameters(), self.training.clip_norm)
-            logged["gradient_norm"] = norm.detach()
+            nn.utils.clip_grads_with_norm_(
+                self.networks.parameters(), self.training.clip_norm, self.gradient_norm
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.training, step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(step)
-        return logged
+        return {}
 
-    def condition(self, given: Fields, step: int, *, count: int) -> Condition:
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad()
+
+    def latents(self, stored: np.ndarray, step: int, *key: int) -> Tensor:
+        """Scaled latents (B, C, h, w) of what shards hold."""
+        draws = generator(self.training.seed, step, "posterior", *key)
+        latents = scaled_latent(self.first_stage, torch.from_numpy(stored), self.contract, generator=draws)
+        return latents.to(self.device).contiguous(memory_format=torch.channels_last)
+
+    def condition(self, given: Fields, step: int, *key: int, count: int) -> Condition:
         """What the UNet gets of the fields of `count` conditions, a share of them left out."""
         config = self.recipe.conditioning
         rate = 0.0 if config is None else config.drop_rate
         # the name is from when there were labels alone; another would drop others
-        dropped = torch.rand(count, generator=generator(self.training.seed, step, "drop labels")) < rate
+        dropped = torch.rand(count, generator=generator(self.training.seed, step, "drop labels", *key)) < rate
         return encode_some(
             given,
             config,
@@ -129,9 +168,11 @@ class DiffusionTrainee:
         )
 
     def by_timestep(self, losses: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """Mean loss in each quarter of the time steps that this batch has samples in."""
+        """Sum of the losses in each quarter of the time steps, and how many there are."""
         bucket = t * TIMESTEP_BUCKETS // self.schedule.num_timesteps
-        return {f"loss_t{i + 1}of4": losses[bucket == i].mean() for i in bucket.unique().tolist()}
+        quarters = [losses[bucket == i] for i in range(TIMESTEP_BUCKETS)]
+        sums = {f"sum{i}": quarter.sum() for i, quarter in enumerate(quarters)}
+        return sums | {f"count{i}": losses.new_tensor(len(quarter)) for i, quarter in enumerate(quarters)}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything the next step depends on."""
@@ -155,12 +196,20 @@ class DiffusionTrainee:
         """The networks with their averaged weights, in evaluation mode."""
         networks = build_denoising(self.recipe, num_classes=self.num_classes)
         networks.load_state_dict(self.ema.averages)
-        return networks.eval()
+        return networks.to(self.device).eval()
 
-    def validate(self, images: int, history: History) -> Mapping[str, float]:
-        """Nothing: a diffusion model is scored by the stage evaluate."""
-        del images, history
+    def validates(self, images: int) -> bool:
+        """Never: a diffusion model is scored by the stage evaluate."""
+        del images
+        return False
+
+    def validate(self) -> Mapping[str, float]:
+        """Nothing."""
         return {}
+
+    def heed(self, images: int, history: History) -> None:
+        """Nothing follows."""
+        del images, history
 
     def stops(self, history: History) -> bool:
         """Never early."""
@@ -171,6 +220,16 @@ class DiffusionTrainee:
         """Samples of the averaged weights."""
         del history
         return self.look_at(self.averaged())
+
+
+def quarters(logged: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is logged, with `loss_t<i>of4` of the quarters of the time steps that the batch has samples in."""
+    logged = dict(logged)
+    for i in range(TIMESTEP_BUCKETS if "sum0" in logged else 0):
+        total, count = logged.pop(f"sum{i}"), logged.pop(f"count{i}")
+        if count > 0:
+            logged[f"loss_t{i + 1}of4"] = total / count
+    return logged
 
 
 def adamw(parameters: Iterable[nn.Parameter], training: Training) -> torch.optim.Optimizer:

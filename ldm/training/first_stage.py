@@ -4,6 +4,7 @@ B batch, C channels of the latent, H W height and width of the pictures in [-1, 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from datasets.stream import SampleReader
 from ldm.errors import TrainingError
-from ldm.first_stage_config import FirstStageRecipe, FirstStageTraining
+from ldm.first_stage_config import FirstStageRecipe
 from ldm.health_page import health_page
 from ldm.models.autoencoder import to_channels_last
 from ldm.models.discriminator import PatchDiscriminator, hinge_loss
@@ -20,6 +21,7 @@ from ldm.models.first_stage import KLModel, VQModel, build_first_stage
 from ldm.models.lpips import build_lpips
 from ldm.pictures import png, side_by_side
 from ldm.range import from_uint8, to_uint8
+from ldm.training.batches import Batches
 from ldm.training.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
 from ldm.training.codebook import CodeUse
 from ldm.training.ema import Ema
@@ -40,11 +42,26 @@ from ldm.training.health import (
 )
 from ldm.training.loop import History, is_due, is_logged, learning_rate
 from ldm.training.randomness import generator, seed_of
+from ldm.training.ranks import ALONE, Ranks
 from ldm.training.validation import HeldOut, best, judged, judged_after, num_without_better
 from ldm.training.verdicts import Facts
 from ldm.training.virtual_shards import run_shards
+from ldm.training_config import Training
 
 NUM_LOOKED_AT = 24
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What is known between the gradients of a step and the step itself."""
+
+    encoded: list[Encoded]
+    """Of this rank's shards."""
+    buffers: list[Tensor]
+    """Of the discriminator, as they were before."""
+    gradient_norm: Tensor
+    adversarial: bool
+    measured: bool
 
 
 class FirstStageTrainee:
@@ -55,6 +72,8 @@ class FirstStageTrainee:
         reader: training pictures.
         held_out: pictures to look at and to score, never trained on.
         inception: where the weights of the FID Inception are; asked for only when validation wants rFID.
+        ranks: who trains with this process.
+        device: where the networks are.
     """
 
     def __init__(
@@ -64,21 +83,24 @@ class FirstStageTrainee:
         held_out: SampleReader,
         *,
         inception: Callable[[], Path] | None = None,
+        ranks: Ranks = ALONE,
+        device: torch.device | str = "cpu",
     ) -> None:
         if recipe.training is None or recipe.model.kind == "identity":
             raise ValueError(f"first stage {recipe.name!r} must have weights to train, got the identity")
-        self.training: FirstStageTraining = recipe.training
+        self.training: Training = recipe.training
+        self.ranks, self.device = ranks, torch.device(device)
         self.config, self.loss, self.validation = recipe.model, recipe.loss, recipe.validation
-        self.reader, self.held_out = reader, held_out
+        self.batches, self.held_out = Batches(reader, self.training, ranks), held_out
         torch.manual_seed(seed_of(self.training.seed, "first stage"))
         model = build_first_stage(recipe.model, checkpointing=recipe.gradient_checkpointing)
         assert isinstance(model, VQModel | KLModel)
-        self.model: VQModel | KLModel = model
+        self.model: VQModel | KLModel = model.to(self.device)
         self.discriminator = PatchDiscriminator(
             self.loss.discriminator_channels, self.loss.discriminator_layers
         )
-        to_channels_last(self.discriminator)
-        self.lpips = build_lpips() if self.loss.perceptual_weight > 0 else None
+        to_channels_last(self.discriminator.to(self.device))
+        self.lpips = build_lpips().to(self.device) if self.loss.perceptual_weight > 0 else None
         self.optimizer = adam(self.model, self.training, lr=self.training.lr)
         self.discriminator_lr = self.loss.discriminator_lr or self.training.lr
         self.discriminator_optimizer = adam(self.discriminator, self.training, lr=self.discriminator_lr)
@@ -87,7 +109,9 @@ class FirstStageTrainee:
             recipe.model.num_codes or 0,
             batch_size=self.training.batch_size,
             revive_after_images=self.loss.revive_after_images,
+            device=self.device,
         )
+        self.pending: Pending | None = None
         self.scorer = self.build_scorer(inception) if self.validation.every_images else None
         keep = self.ema.averages if self.validation.keep_best else {}
         self.best_averages = {name: value.clone() for name, value in keep.items()}
@@ -98,7 +122,7 @@ class FirstStageTrainee:
             self.validation,
             self.held_out,
             micro_batch=self.training.batch_size,
-            lpips=self.lpips or build_lpips(),
+            lpips=self.lpips or build_lpips().to(self.device),
             inception=inception,
         )
 
@@ -108,27 +132,29 @@ class FirstStageTrainee:
         return sum(p.numel() for p in self.model.parameters())
 
     def batch(self, step: int) -> Tensor:
-        """Pictures of the step-th batch, (B, 3, H, W) in [-1, 1], channels-last."""
+        """This rank's part of the step-th batch, (b, 3, H, W) in [-1, 1], channels-last."""
         training = self.training
-        position = step * training.batch_size
-        samples = self.reader.in_order(training.seed, position=position, count=training.batch_size)
+        samples = self.batches.at(step)
         if step == 0:
             check_pictures(samples["image"])
         x = from_uint8(samples["image"])
         if training.mirror:
-            mirrored = torch.rand(len(x), generator=generator(training.seed, step, "mirror")) < 0.5
+            drawn = torch.rand(training.batch_size, generator=generator(training.seed, step, "mirror")) < 0.5
+            mirrored = drawn[self.ranks.rank * len(x) :][: len(x)]
             x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.to(self.device).contiguous(memory_format=torch.channels_last)
 
-    def step(self, step: int) -> Mapping[str, Tensor]:
-        """One step of the autoencoder, and one of the discriminator once that has started."""
+    def gradients(self, step: int) -> dict[str, Tensor]:
+        """Gradients of autoencoder and, once that has started, discriminator: means over all shards."""
         training = self.training
-        shards = self.batch(step).chunk(training.virtual_shards)
+        own = self.ranks.own(training.virtual_shards)
+        shards = dict(zip(own, self.batch(step).chunk(len(own)), strict=True))
         images = step * training.batch_size
-        factor = learning_rate(training, step) / training.lr
-        set_lr(self.optimizer, training.lr * factor)
         adversarial = self.loss.adversarial_weight > 0 and images >= self.loss.adversarial_start_images
         measured = is_logged(training, step + 1)
+        discriminating = list(self.discriminator.parameters()) if adversarial else []
+        buffers = list(self.discriminator.buffers())
+        before = [buffer.clone() for buffer in buffers]
 
         def work(index: int) -> tuple[dict[str, Tensor], Encoded]:
             encoded = self.encode_shard(shards[index], step, index)
@@ -137,21 +163,44 @@ class FirstStageTrainee:
 
         logged, encoded = run_shards(
             work,
-            len(shards),
-            parameters=[*self.model.parameters(), *(self.discriminator.parameters() if adversarial else ())],
-            buffers=list(self.discriminator.buffers()),
+            training.virtual_shards,
+            parameters=[*self.model.parameters(), *discriminating],
+            buffers=buffers,
+            ranks=self.ranks,
         )
+        norm = logged["gradient_norm"] = gradient_norm(self.model)
+        if adversarial:
+            logged["discriminator_gradient_norm"] = gradient_norm(self.discriminator)
+        self.pending = Pending(encoded, before, norm, adversarial=adversarial, measured=measured)
+        return logged
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        """One step of the autoencoder, and one of the discriminator once that has started."""
+        training, pending = self.training, self.pending
+        assert pending is not None
+        factor = learning_rate(training, step) / training.lr
+        set_lr(self.optimizer, training.lr * factor)
         if training.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), training.clip_norm, pending.gradient_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        logged |= self.track_latents(encoded, step, measured=measured)
+        logged = self.track_latents(pending.encoded, step, measured=pending.measured)
         self.ema.update(step)
-        if adversarial:
+        if pending.adversarial:
             set_lr(self.discriminator_optimizer, self.discriminator_lr * factor)
             self.discriminator_optimizer.step()
             self.discriminator_optimizer.zero_grad()
+        self.pending = None
         return logged
+
+    def forget(self) -> None:
+        """Drop the gradients, and what the discriminator's norms took from the batch."""
+        assert self.pending is not None
+        self.optimizer.zero_grad()
+        self.discriminator_optimizer.zero_grad()
+        for buffer, value in zip(self.discriminator.buffers(), self.pending.buffers, strict=True):
+            buffer.copy_(value)
+        self.pending = None
 
     def encode_shard(self, x: Tensor, step: int, index: int) -> Encoded:
         """Forward pass of one shard of a step; the first one draws what a step of one shard draws."""
@@ -231,12 +280,13 @@ class FirstStageTrainee:
 
     def track_latents(self, encoded: Sequence[Encoded], step: int, *, measured: bool) -> dict[str, Tensor]:
         """What the latents of all shards, in order, tell; dead codes are moved onto them."""
-        latents = torch.cat([e.latents for e in encoded])
+        latents = self.ranks.gather(torch.cat([e.latents for e in encoded]))
         logged: dict[str, Tensor] = {}
         if isinstance(self.model, VQModel):
+            indices = torch.cat([e.quantized.indices for e in encoded if e.quantized is not None])
             logged |= self.codes.track(
                 self.model.quantize,
-                torch.cat([e.quantized.indices for e in encoded if e.quantized is not None]),
+                self.ranks.gather(indices),
                 latents,
                 images=(step + 1) * self.training.batch_size,
                 draws=generator(self.training.seed, step, "revive"),
@@ -246,22 +296,23 @@ class FirstStageTrainee:
             logged |= watch_latents(channel_moments(latents, kind=self.config.kind))
         return logged
 
-    def validate(self, images: int, history: History) -> Mapping[str, float]:
-        """Held-out scores of the averaged weights at the recipe's interval and at the end, else none."""
-        training = self.training
-        ended = images == training.num_steps * training.batch_size
-        if self.scorer is None or not (
-            ended or is_due(images, training, every_images=self.validation.every_images)
-        ):
-            return {}
-        scores = self.scorer.scores(self.averaged())
-        if self.validation.keep_best:
-            now = {name: [*history.get(name, []), (images, value)] for name, value in scores.items()}
-            found = best(self.judged(now))
-            if found is not None and found[0] == images:
-                for name, value in self.best_averages.items():
-                    value.copy_(self.ema.averages[name])
-        return scores
+    def validates(self, images: int) -> bool:
+        """At the recipe's interval, and at the end."""
+        ended = images == self.training.num_steps * self.training.batch_size
+        due = self.scorer and is_due(images, self.training, every_images=self.validation.every_images)
+        return self.scorer is not None and bool(ended or due)
+
+    def validate(self) -> Mapping[str, float]:
+        """Held-out scores of the averaged weights."""
+        assert self.scorer is not None
+        return self.scorer.scores(self.averaged())
+
+    def heed(self, images: int, history: History) -> None:
+        """Keep the averaged weights if they are the best so far."""
+        found = best(self.judged(history))
+        if found is not None and found[0] == images:
+            for name, value in self.best_averages.items():
+                value.copy_(self.ema.averages[name])
 
     def judged(self, history: History) -> list[tuple[int, float]]:
         """The scores that decide, higher is better."""
@@ -304,13 +355,13 @@ class FirstStageTrainee:
         model = type(self.model)(self.config)
         to_channels_last(model)
         model.load_state_dict(self.ema.averages)
-        return model.eval()
+        return model.to(self.device).eval()
 
     @torch.no_grad()
     def look(self, history: History) -> Mapping[str, bytes]:
         """Held-out pictures above their reconstructions by the averaged weights, and the page of health."""
         count = min(NUM_LOOKED_AT, len(self.held_out))
-        x = from_uint8(self.held_out.fetch(range(count))["image"])
+        x = from_uint8(self.held_out.fetch(range(count))["image"]).to(self.device)
         model = self.averaged()
         stored = model.encode(x)
         rec = model.decode(model.latent(stored, None))
@@ -353,7 +404,13 @@ def check_pictures(images: np.ndarray) -> None:
     )
 
 
-def adam(module: nn.Module, training: FirstStageTraining, *, lr: float) -> torch.optim.Optimizer:
+def gradient_norm(module: nn.Module) -> Tensor:
+    """Euclidean norm of all gradients of a module."""
+    found = [p.grad for p in module.parameters() if p.grad is not None]
+    return nn.utils.get_total_norm(found).detach()
+
+
+def adam(module: nn.Module, training: Training, *, lr: float) -> torch.optim.Optimizer:
     """Adam with the recipe's betas (paper: 0.5, 0.9), in one fused kernel."""
     return torch.optim.Adam(module.parameters(), lr=lr, betas=training.betas, fused=True)
 

@@ -1,4 +1,8 @@
-"""The one training loop: step, log, validate, look, save; counted in images seen, resumed exactly."""
+"""The one training loop: step, log, validate, look, save; counted in images seen, resumed exactly.
+
+Several ranks run it side by side, each on its own shards, and all come to the same state; the first of them
+reports, looks, validates and saves.
+"""
 
 import logging
 import math
@@ -13,6 +17,8 @@ from datasets.store import WorkArea
 from ldm.errors import TrainingError
 from ldm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ldm.training.randomness import seed_of
+from ldm.training.ranks import ALONE, Ranks
+from ldm.training.stopping import Stopping
 from ldm.training_config import Training
 
 logger = logging.getLogger(__name__)
@@ -23,6 +29,12 @@ GRADIENT = "gradient/"
 """Metrics of this group are norms of the gradient of one loss term each."""
 NUM_SILENT_LOGS = 5
 """So many logged gradients of a term in a row that are exactly zero stop a run."""
+JUDGED = ("loss", "gradient_norm", "discriminator_gradient_norm")
+"""A step in which one of these is not finite changes nothing."""
+NUM_BAD_IN_A_ROW = 5
+"""So many such steps in a row stop a run: it is not the batches."""
+BAD_SHARE = 0.01
+"""A run also stops when more than this share of its steps, and more than NUM_BAD_IN_A_ROW, were such."""
 
 History = dict[str, list[tuple[int, float]]]
 """Logged metrics: name -> (images seen, value)."""
@@ -36,8 +48,21 @@ class Trainee(Protocol):
         """How long, in which steps, and how often pictures are wanted."""
         ...
 
-    def step(self, step: int) -> Mapping[str, Tensor]:
-        """Do the step-th (from 0) optimiser step; scalars to log, the first of them the loss."""
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    def gradients(self, step: int) -> dict[str, Tensor]:
+        """Compute the gradients of the step-th (from 0) step; scalars to log, among them those JUDGED."""
+        ...
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        """Do the step with these gradients; more scalars to log."""
+        ...
+
+    def forget(self) -> None:
+        """Leave the step out: be as before its gradients."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -48,8 +73,16 @@ class Trainee(Protocol):
         """Put `tensors` back."""
         ...
 
-    def validate(self, images: int, history: History) -> Mapping[str, float]:
-        """Held-out scores after so many images, none where none are due; `history` is without them."""
+    def validates(self, images: int) -> bool:
+        """Whether held-out scores are due after so many images."""
+        ...
+
+    def validate(self) -> Mapping[str, float]:
+        """Held-out scores."""
+        ...
+
+    def heed(self, images: int, history: History) -> None:
+        """Do what follows from the scores after so many images, which `history` ends with."""
         ...
 
     def stops(self, history: History) -> bool:
@@ -134,83 +167,188 @@ def warmup_share(training: Training, images: int) -> float:
     return min(1.0, (images + training.batch_size) / training.warmup_images)
 
 
+class Pulse(Protocol):
+    """Where a rank says that it lives, and what it does."""
+
+    def __call__(self, phase: str, step: int) -> None:
+        """It begins a phase of the step-th step."""
+        ...
+
+
+def no_pulse(phase: str, step: int) -> None:
+    """For a run that nobody watches."""
+
+
 def train(
-    trainee: Trainee, work: WorkArea, *, report: Report, checkpoint_every_s: float = CHECKPOINT_EVERY_S
+    trainee: Trainee,
+    work: WorkArea,
+    *,
+    report: Report,
+    ranks: Ranks = ALONE,
+    pulse: Pulse = no_pulse,
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S,
 ) -> History:
     """Train to the end from wherever the work area's newest checkpoint left off.
+
+    SIGTERM to any rank ends all of them after the step they are in, with a checkpoint.
 
     Args:
         trainee: the model in training; it is left in its final state.
         work: where checkpoints live; the caller clears it once the result is committed.
-        report: told of metrics, pictures and progress.
+        report: told of metrics, pictures and progress, by the first rank.
+        ranks: the processes that do this together.
+        pulse: told at every step what this rank is at.
         checkpoint_every_s: seconds of work between checkpoints.
 
     Returns:
         Every logged metric: name -> (images seen, value).
 
     Raises:
-        TrainingError: the loss stopped being finite.
+        TrainingError: the loss or its gradient is not finite again and again.
     """
     training = trainee.training
-    step, history = resume(trainee, work)
-    if step == 0:
-        show(trainee, 0, history, report)
-    saved_at = time.monotonic()
-    while step < training.num_steps and not trainee.stops(history):
-        torch.manual_seed(seed_of(training.seed, step, "layers"))  # dropout draws from the global generator
-        values = trainee.step(step)
-        step += 1
-        images = step * training.batch_size
-        if is_logged(training, step):
-            log(values, step, images, history, report)
-        record(trainee.validate(images, history), images, history, report)
-        ended = step == training.num_steps or trainee.stops(history)
-        report.progress(images, training.num_images)
-        if is_due(images, training, every_images=training.picture_every_images):
-            show(trainee, images, history, report)
-        if time.monotonic() - saved_at > checkpoint_every_s or ended:
-            report.flush()
-            save_checkpoint(work, Checkpoint(step, trainee.tensors(), history))
-            saved_at = time.monotonic()
-    return history
+    run = Run(trainee, work, report, ranks, pulse)
+    with Stopping() as stopping:
+        run.resume()
+        saved_at = time.monotonic()
+        while run.goes_on:
+            run.do_step()
+            late = time.monotonic() - saved_at > checkpoint_every_s
+            stopped, due = ranks.any_of([stopping.asked, late and ranks.is_first], device=trainee.device)
+            if due or stopped or not run.goes_on:
+                run.save()
+                saved_at = time.monotonic()
+            if stopped:
+                logger.info("told to stop: saved at %d of %d images", run.images, training.num_images)
+                break
+    if run.goes_on:
+        raise TrainingError(
+            f"training was told to stop, and did at {run.images} of {training.num_images} images; the same "
+            "command goes on from there"
+        )
+    return run.history
 
 
-def show(trainee: Trainee, images: int, history: History, report: Report) -> None:
-    """Report what the trainee looks like after so many images; the series begin at 0, untrained."""
-    for name, png in trainee.look(history).items():
-        report.picture(name, images, png)
+class Run:
+    """A run under way: how far it is, what it logged, and which of its steps were left out."""
+
+    def __init__(self, trainee: Trainee, work: WorkArea, report: Report, ranks: Ranks, pulse: Pulse) -> None:
+        self.trainee, self.training, self.work = trainee, trainee.training, work
+        self.report: Report = report if ranks.is_first else Silent()
+        self.ranks, self.pulse = ranks, pulse
+        self.step = 0
+        self.history: History = {}
+        self.bad_steps: list[int] = []
+
+    @property
+    def images(self) -> int:
+        """Images seen."""
+        return self.step * self.training.batch_size
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another step to do."""
+        return self.step < self.training.num_steps and not self.trainee.stops(self.history)
+
+    def resume(self) -> None:
+        """Go to the newest checkpoint, if any; a run that begins is looked at untrained."""
+        self.pulse("start", 0)
+        checkpoint = load_checkpoint(self.work)
+        if checkpoint is None:
+            self.look()
+            return
+        self.trainee.load(checkpoint.tensors)
+        self.step, self.history = checkpoint.step, checkpoint.history
+        self.bad_steps = list(checkpoint.skipped)
+        logger.info("resuming at %d of %d images", self.images, self.training.num_images)
+
+    def do_step(self) -> None:
+        """One step, and what is due after it."""
+        training, step = self.training, self.step
+        self.pulse("step", step)
+        values = {} if step in training.skip_steps else self.learn(step)
+        self.step += 1
+        if values and is_logged(training, self.step):
+            self.record(finite({name: float(value) for name, value in values.items()}, self.images))
+            check_gradients(self.history)
+        if self.trainee.validates(self.images):
+            self.pulse("validate", step)
+            scores = self.trainee.validate() if self.ranks.is_first else {}
+            self.record(self.ranks.from_first(scores, device=self.trainee.device))
+            self.trainee.heed(self.images, self.history)
+        self.report.progress(self.images, training.num_images)
+        if is_due(self.images, training, every_images=training.picture_every_images):
+            self.look()
+
+    def learn(self, step: int) -> dict[str, Tensor]:
+        """Do a step, unless what it computed is not finite; scalars to log, none of a step left out."""
+        torch.manual_seed(
+            seed_of(self.training.seed, step, "layers")
+        )  # dropout draws from the global generator
+        values = self.trainee.gradients(step)
+        judged = {name: float(values[name]) for name in JUDGED if name in values}
+        bad = {name: value for name, value in judged.items() if not math.isfinite(value)}
+        if bad:
+            self.trainee.forget()
+            self.leave_out(step, bad)
+            return {}
+        return values | self.trainee.update(step)
+
+    def leave_out(self, step: int, bad: Mapping[str, float]) -> None:
+        """Record a step that was left out, and stop the run if it is not the first of many.
+
+        Raises:
+            TrainingError: it was one of too many.
+        """
+        self.bad_steps.append(step)
+        found = ", ".join(f"{name} {value}" for name, value in bad.items())
+        logger.warning("step %d is left out, its numbers are not finite: %s", step, found)
+        self.report.metrics((step + 1) * self.training.batch_size, {"steps_left_out": len(self.bad_steps)})
+        row = self.bad_steps[-NUM_BAD_IN_A_ROW:]
+        in_a_row = len(row) == NUM_BAD_IN_A_ROW and row[-1] - row[0] == NUM_BAD_IN_A_ROW - 1
+        if in_a_row or len(self.bad_steps) > max(NUM_BAD_IN_A_ROW, BAD_SHARE * self.training.num_steps):
+            raise TrainingError(
+                f"loss and gradient must be finite, got {found} at step {step} ({self.images} images seen), "
+                f"as at {len(self.bad_steps) - 1} steps before it, which were left out: {self.bad_steps}; "
+                "lower training.lr or set training.clip_norm"
+            )
+
+    def record(self, numbers: Mapping[str, float]) -> None:
+        """Write numbers down in the history and report them."""
+        for key, value in numbers.items():
+            self.history.setdefault(key, []).append((self.images, value))
+        if numbers:
+            self.report.metrics(self.images, numbers)
+
+    def look(self) -> None:
+        """Report what the trainee looks like; the series begin at 0, untrained."""
+        self.pulse("look", self.step)
+        if self.ranks.is_first:
+            for name, png in self.trainee.look(self.history).items():
+                self.report.picture(name, self.images, png)
+
+    def save(self) -> None:
+        """Write a checkpoint, after all that it has reported is kept."""
+        self.pulse("save", self.step)
+        if self.ranks.is_first:
+            self.report.flush()
+            skipped = tuple(self.bad_steps)
+            save_checkpoint(self.work, Checkpoint(self.step, self.trainee.tensors(), self.history, skipped))
 
 
-def resume(trainee: Trainee, work: WorkArea) -> tuple[int, History]:
-    """Load the newest checkpoint, if any; the step to do next and the history so far."""
-    checkpoint = load_checkpoint(work)
-    if checkpoint is None:
-        return 0, {}
-    trainee.load(checkpoint.tensors)
-    images = checkpoint.step * trainee.training.batch_size
-    logger.info("resuming at %d of %d images", images, trainee.training.num_images)
-    return checkpoint.step, checkpoint.history
+def finite(numbers: dict[str, float], images: int) -> dict[str, float]:
+    """The numbers, of which all are.
 
-
-def log(values: Mapping[str, Tensor], step: int, images: int, history: History, report: Report) -> None:
-    """Write metrics down; check that all are numbers, the loss first, and that every term has a gradient."""
-    numbers = {name: float(value) for name, value in values.items()}
+    Raises:
+        TrainingError: one is not.
+    """
     for name, value in numbers.items():
         if not math.isfinite(value):
             raise TrainingError(
-                f"{name} must be finite, got {value} between steps {step - LOG_EVERY_STEPS} and {step} "
-                f"({images} images seen); lower training.lr or set training.clip_norm"
+                f"{name} must be finite, got {value} at {images} images seen; lower training.lr or set "
+                "training.clip_norm"
             )
-    record(numbers, images, history, report)
-    check_gradients(history)
-
-
-def record(numbers: Mapping[str, float], images: int, history: History, report: Report) -> None:
-    """Write numbers down in the history and report them."""
-    for key, value in numbers.items():
-        history.setdefault(key, []).append((images, value))
-    if numbers:
-        report.metrics(images, numbers)
+    return numbers
 
 
 def check_gradients(history: History) -> None:

@@ -17,11 +17,12 @@ from datasets.stream import SampleReader
 from ldm.errors import TrainingError
 from ldm.evaluation.reconstruction import psnr, ssim
 from ldm.evaluation.sets import nchw, reconstruct
-from ldm.first_stage_config import MIN_RFID_IMAGES, FirstStageLoss, FirstStageTraining, Validation
+from ldm.first_stage_config import MIN_RFID_IMAGES, FirstStageLoss, Validation
 from ldm.models.first_stage import FirstStage
 from ldm.models.lpips import LPIPS
 from ldm.range import from_uint8
 from ldm.training.loop import History
+from ldm.training_config import Training
 
 PSNR = "validation/psnr_db"
 SSIM = "validation/ssim"
@@ -102,7 +103,7 @@ class HeldOut:
         return fidelity.frechet_distance(features(pair[0]), self.real_features)
 
 
-def judged_after(loss: FirstStageLoss, training: FirstStageTraining) -> int:
+def judged_after(loss: FirstStageLoss, training: Training) -> int:
     """Images seen when the last loss term has joined in: scores from before it are of another objective.
 
     PSNR falls when LPIPS or the discriminator joins in; the best score ever would be that of the blurry

@@ -5,73 +5,46 @@ starts from the same buffers, and results are summed by one binary tree. One sha
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor
+
+from ldm.training.ranks import ALONE, Ranks
 
 T = TypeVar("T")
 
 
-def tree_sum(parts: Sequence[Tensor]) -> Tensor:
-    """Sum of tensors by a fixed binary tree: neighbours first, an odd one out waits for the next level.
+class TreeSum:
+    """Sums lists of tensors by a fixed binary tree: neighbours first, an odd one out waits for the next.
 
-    For four parts that is (a + b) + (c + d), for three (a + b) + c.
+    For four parts that is (a + b) + (c + d), for three (a + b) + c. Of n parts that come one after the other,
+    at most log2(n) + 1 partial sums are held.
     """
-    level = list(parts)
-    while len(level) > 1:
-        paired = [a + b for a, b in zip(level[::2], level[1::2], strict=False)]
-        level = paired + level[2 * len(paired) :]
-    return level[0]
+
+    def __init__(self) -> None:
+        self._partial: list[tuple[int, list[Tensor]]] = []
+
+    def add(self, part: list[Tensor]) -> None:
+        """Take the next part over; it may be overwritten."""
+        count = 1
+        while self._partial and self._partial[-1][0] == count:
+            part = added(self._partial.pop()[1], part)
+            count *= 2
+        self._partial.append((count, part))
+
+    def total(self) -> list[Tensor]:
+        """The sum of all parts, once."""
+        _, total = self._partial.pop()
+        while self._partial:
+            total = added(self._partial.pop()[1], total)
+        return total
 
 
-def tree_mean(parts: Sequence[Tensor]) -> Tensor:
-    """`tree_sum` divided by the number of parts; of one part, that part itself."""
-    return tree_sum(parts) / len(parts) if len(parts) > 1 else parts[0]
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """What the work on one shard leaves: gradients, buffers (statistics of BatchNorm), scalars to log."""
-
-    gradients: list[Tensor]
-    buffers: list[Tensor]
-    logged: Mapping[str, Tensor]
-
-
-def compute_shard(
-    work: Callable[[], Mapping[str, Tensor]], *, parameters: Sequence[Tensor], buffers: Sequence[Tensor]
-) -> ShardResult:
-    """Do the work of one shard and take its gradients away from the parameters.
-
-    Args:
-        work: forward and backward pass of one shard; returns scalars to log.
-        parameters: what the work leaves gradients on; it finds them without.
-        buffers: what the work changes in place.
-    """
-    logged = work()
-    gradients = []
-    for parameter in parameters:
-        assert parameter.grad is not None
-        gradients.append(parameter.grad)
-        parameter.grad = None
-    return ShardResult(gradients, [buffer.clone() for buffer in buffers], logged)
-
-
-def combine(
-    results: Sequence[ShardResult], *, parameters: Sequence[Tensor], buffers: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """Leave the mean gradients and buffers of all shards, in shard order; return the means of what they log.
-
-    Counters (integer buffers) are the same in every shard and stay as they are.
-    """
-    for parameter, gradients in zip(
-        parameters, zip(*(r.gradients for r in results), strict=True), strict=True
-    ):
-        parameter.grad = tree_mean(gradients)
-    for buffer, values in zip(buffers, zip(*(r.buffers for r in results), strict=True), strict=True):
-        buffer.copy_(tree_mean(values) if buffer.is_floating_point() else values[0])
-    return {name: tree_mean([r.logged[name] for r in results]) for name in results[0].logged}
+def added(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
+    """Left + right, in the place of left."""
+    torch._foreach_add_(left, right)  # pyright: ignore[reportPrivateImportUsage]
+    return left
 
 
 def run_shards(
@@ -79,30 +52,52 @@ def run_shards(
     num_shards: int,
     *,
     parameters: Sequence[Tensor],
-    buffers: Sequence[Tensor],
+    buffers: Sequence[Tensor] = (),
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Tensor], list[T]]:
-    """Do the work of every shard here, one after the other, and combine it.
+    """Do the work of this rank's shards, one after the other, and combine it with that of all.
 
     Args:
-        work: called with the number of a shard; returns scalars to log, and what else the caller needs of it.
-        num_shards: how many there are.
-        parameters: what the work leaves gradients on; afterwards they hold the mean over the shards.
-        buffers: what the work changes in place; every shard finds them as they were before the first.
+        work: called with the number of a shard; leaves gradients, and returns scalars to log, the same ones
+            for every shard, and what else the caller needs of it.
+        num_shards: how many there are, over all ranks.
+        parameters: what the work leaves gradients on; afterwards they hold the mean over all shards.
+        buffers: what the work changes in place (statistics of BatchNorm); every shard finds them as they were
+            before the first, and they end as the mean. Counters (integers) are the same in every shard.
+        ranks: who does the others.
 
     Returns:
-        The means of what the shards log, and the rest of what they returned, in order.
+        The means of what all shards log, and what else the work on this rank's shards returned, in order.
     """
+    if num_shards == 1:
+        logged, other = work(0)
+        return dict(logged), [other]
     before = [buffer.clone() for buffer in buffers]
-    results: list[ShardResult] = []
-    others: list[T] = []
-    for index in range(num_shards):
+    statistics = [buffer for buffer in buffers if buffer.is_floating_point()]
+    sums, others, names = TreeSum(), [], []
+    for index in ranks.own(num_shards):
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
+        logged, other = work(index)
+        others.append(other)
+        names = list(logged)
+        sums.add(
+            [*taken(parameters), *(b.clone() for b in statistics), *(v.clone() for v in logged.values())]
+        )
+    means = ranks.sum(sums.total())
+    torch._foreach_div_(means, num_shards)  # pyright: ignore[reportPrivateImportUsage]
+    gradients, rest = means[: len(parameters)], means[len(parameters) :]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = torch.empty_like(parameter).copy_(gradient) if ranks.world_size > 1 else gradient
+    for buffer, mean in zip(statistics, rest[: len(statistics)], strict=True):
+        buffer.copy_(mean)
+    return dict(zip(names, rest[len(statistics) :], strict=True)), others
 
-        def one(index: int = index) -> Mapping[str, Tensor]:
-            logged, other = work(index)
-            others.append(other)
-            return logged
 
-        results.append(compute_shard(one, parameters=parameters, buffers=buffers))
-    return combine(results, parameters=parameters, buffers=buffers), others
+def taken(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of one shard, taken away from the parameters; zeros where the shard gave none."""
+    gradients = []
+    for parameter in parameters:
+        gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        parameter.grad = None
+    return gradients

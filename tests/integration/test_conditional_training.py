@@ -169,7 +169,7 @@ def held_out_loss(trainee: FedTrainee, *, wrong: bool) -> float:
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_loss_falls_and_the_condition_is_used(kind: str, trainee_of: Callable[..., FedTrainee]) -> None:
     trainee = trainee_of(kind)
-    losses = [float(trainee.step(step)["loss"]) for step in range(NUM_STEPS)]
+    losses = [float((trainee.gradients(step) | trainee.update(step))["loss"]) for step in range(NUM_STEPS)]
     first, last = sum(losses[:5]) / 5, sum(losses[-20:]) / 20
     assert last < 0.5 * first
     with torch.no_grad():
@@ -236,7 +236,9 @@ def test_gradients_reach_the_conditioning_encoder(kind: str, trainee_of: Callabl
     encoder = trainee.networks.conditioner
     assert encoder is not None
     before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
-    trainee.step(0)
-    trainee.step(1)
+    trainee.gradients(0)
+    trainee.update(0)
+    trainee.gradients(1)
+    trainee.update(1)
     moved = [name for name, p in encoder.named_parameters() if not torch.equal(p, before[name])]
     assert bool(moved) == (kind not in {"minilm", "low_res", "masked_image"}), moved

@@ -32,7 +32,9 @@ def trained(recipe: Recipe, cats: Cats, *, num_steps: int = 2) -> FirstStageTrai
     one_position = recipe.latent_size == 1
     for step in range(num_steps):
         before = {name: p.detach().clone() for name, p in trainee.model.named_parameters()}
-        logged = {name: value.item() for name, value in trainee.step(step).items()}
+        logged = {
+            name: value.item() for name, value in (trainee.gradients(step) | trainee.update(step)).items()
+        }
         assert all(map(math.isfinite, logged.values())), logged
         assert {"loss", "generator", "discriminator", "adaptive_weight"} <= logged.keys()
         same = [name for name, p in trainee.model.named_parameters() if torch.equal(p, before[name])]

@@ -136,7 +136,7 @@ def test_lpips_and_discriminator_are_off_before_their_start(
 
     seen = []
     for step in range(3):
-        logged = trainee.step(step)
+        logged = trainee.gradients(step) | trainee.update(step)
         seen.append(("lpips" in logged, "generator" in logged, "discriminator" in logged, moved()))
     assert seen == [
         (False, False, False, False),
@@ -173,7 +173,7 @@ def test_one_batch_can_be_learnt_by_heart(trainee: FirstStageTrainee) -> None:
 def test_codes_that_nobody_uses_are_revived(tiny_recipe: Callable[..., Recipe], cats: Cats) -> None:
     recipe = tiny_recipe("first_stage.loss.revive_after_images=8").first_stage
     trainee = FirstStageTrainee(recipe, cats("train"), cats("held_out"))
-    usage = [trainee.step(step)["code_usage"].item() for step in range(3)]
+    usage = [(trainee.gradients(step) | trainee.update(step))["code_usage"].item() for step in range(3)]
     assert usage[-1] == 1.0
     assert (trainee.codes.used_at > 0).all()
 

@@ -45,14 +45,15 @@ class CutShort:
 
     def __init__(self, trainee: Trainee, num_steps: int) -> None:
         self.trainee, self.num_steps = trainee, num_steps
-        self.training = trainee.training
+        self.training, self.device = trainee.training, trainee.device
         self.tensors, self.load, self.look = trainee.tensors, trainee.load, trainee.look
-        self.validate, self.stops = trainee.validate, trainee.stops
+        self.validates, self.validate, self.heed = trainee.validates, trainee.validate, trainee.heed
+        self.update, self.forget, self.stops = trainee.update, trainee.forget, trainee.stops
 
-    def step(self, step: int) -> Mapping[str, Tensor]:
+    def gradients(self, step: int) -> dict[str, Tensor]:
         if step >= self.num_steps:
             raise PowerCutError
-        return self.trainee.step(step)
+        return self.trainee.gradients(step)
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,9 @@ def test_a_loss_that_is_no_number_stops_the_run(vq_chain: Chain) -> None:
     trainee = diffusion_trainee(vq_chain)
     with torch.no_grad():
         dict(trainee.networks.named_parameters())["unet.out.2.bias"].fill_(torch.nan)
-    with pytest.raises(TrainingError, match=r"loss must be finite, got nan between steps 0 and 10 .* lower"):
+    with pytest.raises(
+        TrainingError, match=r"loss and gradient must be finite, got loss nan.* at step 4 .* lower"
+    ):
         train(trainee, work_area(Store("memory://not-finite")), report=Silent())
 
 

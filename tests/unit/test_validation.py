@@ -62,9 +62,11 @@ def test_scores_are_those_of_the_last_held_out_pictures_and_their_reconstruction
     make: Make, cats: Cats
 ) -> None:
     trainee = make(*EVERY)
-    trainee.step(0)
-    assert trainee.validate(4, {}) == {}
-    scores = trainee.validate(8, {})
+    trainee.gradients(0)
+    trainee.update(0)
+    assert not trainee.validates(4)
+    assert trainee.validates(8)
+    scores = trainee.validate()
     model = trainee.averaged()
     images = cats("held_out").fetch(range(6, 12))["image"]
     rebuilt = reconstruct(model, images, micro_batch=4)
@@ -180,9 +182,9 @@ def test_rfid_is_the_distance_of_reconstructions_to_their_originals(
         ).double()
         for p in pair
     ]
-    scores = trainee.validate(8, {})
+    scores = trainee.validate()
     assert scores[RFID] == pytest.approx(fidelity.frechet_distance(*features), rel=1e-6)
-    assert trainee.validate(16, {})[RFID] == scores[RFID]
+    assert trainee.validate()[RFID] == scores[RFID]
 
 
 def test_rfid_of_too_few_pictures_is_refused(cats: Cats, tmp_path: Path) -> None:
