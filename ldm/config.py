@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from datasets.config import DatasetConfig
+from ldm.device import Device
 from ldm.first_stage_config import FirstStageRecipe
 from ldm.network_config import (
     ClassVectorConditioning,
@@ -151,6 +152,8 @@ class Recipe(Config):
     training: Training
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
+    device: Device = "auto"
+    """Where networks compute; `auto` is a GPU where there is one. Bits are equal on devices of one kind."""
     threads: int = Field(default=2, ge=1)
     """Threads of every computation on a CPU; other counts give other last bits, so it is part of the key."""
 

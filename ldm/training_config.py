@@ -43,6 +43,9 @@ class Training(Config):
     ranks: int = Field(default=1, ge=1)
     """Processes that train together, each with `threads` threads or a GPU of its own, and a part of the
     virtual shards. The bits are the same for any number, so it is no part of the key."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """What networks compute in: float32 throughout; float32 with products of TF32, which GPUs have; or
+    bfloat16 where torch's autocast allows it. Weights, optimiser, averages, norms and losses are float32."""
     skip_steps: tuple[int, ...] = ()
     """Steps, from 0, that are left out, as one is whose loss or gradient is not finite."""
     seed: int = 0

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from datasets.errors import DatasetsError
+from ldm.device import device_of
 from ldm.errors import LdmError
 from ldm.launch.beacons import Beacon
 from ldm.launch.task import Task, job_of
@@ -42,8 +43,10 @@ def work(task_json: str, rank: int, world_size: int, port: int) -> None:
     task = Task.model_validate_json(task_json)
     end_with(*task.supervisor)
     store = TCPStore("127.0.0.1", port, world_size=world_size, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=PEER_TIMEOUT)
-    sys.exit(0 if do(task, Ranks(rank, world_size)) else 1)
+    device = device_of(task.recipe["device"], rank=rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PEER_TIMEOUT)
+    sys.exit(0 if do(task, Ranks(rank, world_size, rank)) else 1)
 
 
 def do(task: Task, ranks: Ranks) -> bool:

@@ -66,5 +66,6 @@ class GroupNorm(nn.GroupNorm):
         """The map normalised per sample and group."""
         if input.shape[2] * input.shape[3] <= MAX_POSITIONS:
             return super().forward(input)
+        input = input.float()
         mean, variance = moments(input)
         return affine_of(self, mean[None], variance[None], torch.ones(1))(input)

@@ -60,7 +60,14 @@ class VectorQuantizer(nn.Module):
         return self.embedding(indices).permute(0, 3, 1, 2)
 
     def forward(self, z: Tensor) -> Quantized:
-        """The nearest codes of latents (B, C, h, w), and the loss."""
+        """The nearest codes of latents (B, C, h, w), and the loss; in float32 whatever networks use."""
+        if z.dtype == torch.float32:
+            return self.quantized(z)
+        with torch.autocast(z.device.type, enabled=False):
+            return self.quantized(z.float())
+
+    def quantized(self, z: Tensor) -> Quantized:
+        """`forward` of float32 latents."""
         indices = self.nearest(z)
         codes = self.lookup(indices)
         loss = (codes.detach() - z).square().mean() + self.beta * (codes - z.detach()).square().mean()

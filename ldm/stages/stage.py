@@ -12,6 +12,7 @@ from datasets.keys import artifact_key
 from datasets.manifest import Content, FileRecord, Manifest, Parent
 from datasets.store import Store, WorkArea
 from ldm.config import Recipe
+from ldm.device import device_of
 from ldm.launch.supervisor import supervise
 from ldm.training.loop import History, Report, Trainee, train
 from ldm.training.ranks import ALONE, Ranks
@@ -116,8 +117,10 @@ def trained(job: Job, training: Training, make: Callable[[Job, Ranks], TraineeT]
 
 
 def environment(recipe: Recipe) -> dict[str, Any]:
-    """What equal bits depend on besides the recipe: torch build, threads, instruction set."""
+    """What equal bits depend on besides the recipe: device, torch build, threads, instruction set."""
+    device = device_of(recipe.device)
     return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "threads": recipe.threads,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),

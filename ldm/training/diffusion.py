@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from datasets.stream import SampleReader
 from ldm.conditions import Condition, Fields, fields_of
 from ldm.config import Recipe
+from ldm.device import autocast, set_products
 from ldm.diffusion.objective import draw_timesteps, loss_weights, prediction_loss, with_log_variance
 from ldm.diffusion.schedule import build_schedule
 from ldm.latents import LatentContract, scaled_latent
@@ -59,6 +60,7 @@ class DiffusionTrainee:
     ) -> None:
         self.recipe, self.training, self.ranks = recipe, recipe.training, ranks
         self.device = torch.device(device)
+        set_products(self.training.precision)
         self.batches = Batches(reader, self.training, ranks)
         self.contract, self.first_stage, self.look_at = contract, first_stage, look
         if isinstance(first_stage, nn.Module):
@@ -111,9 +113,10 @@ class DiffusionTrainee:
         t = draw_timesteps(len(x_0), self.schedule.num_timesteps, generator(seed, step, "timesteps", *key))
         eps = torch.randn(x_0.shape, generator=generator(seed, step, "noise", *key))
         t, eps = t.to(self.device), eps.to(self.device)
-        asked = self.condition(given, step, *key, count=len(x_0))
+        with autocast(self.device, self.training.precision):
+            asked = self.condition(given, step, *key, count=len(x_0))
         losses = prediction_loss(
-            lambda x_t, t: self.networks.unet(x_t, t, asked.context, concat=asked.concat, label=asked.label),
+            lambda x_t, t: self.predict(x_t, t, asked),
             x_0,
             t,
             eps,
@@ -128,6 +131,11 @@ class DiffusionTrainee:
         loss.backward()
         measured = is_logged(self.training, step + 1)
         return {"loss": loss.detach(), **(self.by_timestep(losses.detach(), t) if measured else {})}
+
+    def predict(self, x_t: Tensor, t: Tensor, asked: Condition) -> Tensor:
+        """What the UNet says of noisy latents, (B, C, h, w) float32."""
+        with autocast(self.device, self.training.precision):
+            return self.networks.unet(x_t, t, asked.context, concat=asked.concat, label=asked.label).float()
 
     def update(self, step: int) -> dict[str, Tensor]:
         """Step on the gradients that are there; the averages follow."""

@@ -4,6 +4,7 @@ B batch, C channels of the latent, H W height and width of the pictures in [-1, 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.stream import SampleReader
+from ldm.device import autocast, set_products
 from ldm.errors import TrainingError
 from ldm.first_stage_config import FirstStageRecipe
 from ldm.health_page import health_page
@@ -90,6 +92,7 @@ class FirstStageTrainee:
             raise ValueError(f"first stage {recipe.name!r} must have weights to train, got the identity")
         self.training: Training = recipe.training
         self.ranks, self.device = ranks, torch.device(device)
+        set_products(self.training.precision)
         self.config, self.loss, self.validation = recipe.model, recipe.loss, recipe.validation
         self.batches, self.held_out = Batches(reader, self.training, ranks), held_out
         torch.manual_seed(seed_of(self.training.seed, "first stage"))
@@ -207,7 +210,17 @@ class FirstStageTrainee:
         key = (index,) if index else ()
         if index:
             torch.manual_seed(seed_of(self.training.seed, step, "layers", *key))
-        return forward(self.model, x, self.loss, generator(self.training.seed, step, "posterior", *key))
+        with self.cast():
+            return forward(self.model, x, self.loss, generator(self.training.seed, step, "posterior", *key))
+
+    def cast(self) -> AbstractContextManager[object]:
+        """The precision of networks."""
+        return autocast(self.device, self.training.precision)
+
+    def judge(self, x: Tensor) -> Tensor:
+        """The discriminator's logits (B, 1, h', w') float32 of pictures (B, 3, H, W)."""
+        with self.cast():
+            return self.discriminator(x).float()
 
     def backward(
         self, encoded: Encoded, x: Tensor, images: int, *, adversarial: bool, measured: bool = False
@@ -220,13 +233,14 @@ class FirstStageTrainee:
         perceptual_on = self.loss.perceptual_weight > 0 and images >= self.loss.perceptual_start_images
         summed = isinstance(self.model, KLModel)
         picture = encoded.reconstruction.detach().requires_grad_()
-        rec, perceptual = reconstruction_loss(
-            picture,
-            x,
-            self.lpips if perceptual_on else None,
-            weight=self.loss.perceptual_weight,
-            summed=summed,
-        )
+        with self.cast():
+            rec, perceptual = reconstruction_loss(
+                picture,
+                x,
+                self.lpips if perceptual_on else None,
+                weight=self.loss.perceptual_weight,
+                summed=summed,
+            )
         (gradient,) = torch.autograd.grad(rec, picture)
         logged = {"loss": rec.detach() + encoded.regulariser.detach(), "reconstruction": rec.detach()}
         logged |= {"regulariser": encoded.regulariser.detach(), "l1": (picture - x).abs().mean().detach()}
@@ -237,7 +251,7 @@ class FirstStageTrainee:
             logged["lpips"] = perceptual.detach()
             terms |= {"perceptual": gradient - terms["pixel"]} if measured else {}
         if adversarial:
-            logits_fake = self.discriminator(picture)
+            logits_fake = self.judge(picture)
             pushed, found = self.adversarial_gradient(encoded, picture, logits_fake, gradient)
             gradient = gradient + pushed
             logged |= found | self.backward_discriminator(x, logits_fake, measured=measured)
@@ -268,7 +282,7 @@ class FirstStageTrainee:
             logits_fake: what it said of reconstructions, with its graph.
             measured: also log how well it tells them apart.
         """
-        logits_real = self.discriminator(x)
+        logits_real = self.judge(x)
         loss = hinge_loss(logits_real, logits_fake)
         loss.backward(inputs=list(self.discriminator.parameters()))
         logged = {

@@ -56,9 +56,12 @@ def forward(model: VQModel | KLModel, x: Tensor, loss: FirstStageLoss, noise: to
     """Reconstruct a batch and weigh what regularises its latent."""
     if isinstance(model, VQModel):
         reconstruction, latents, quantized = model(x)
-        return Encoded(reconstruction, loss.codebook_weight * quantized.loss, quantized, latents)
+        weighted = loss.codebook_weight * quantized.loss
+        return Encoded(reconstruction.float(), weighted, quantized, latents.float())
     reconstruction, moments = model(x, noise)
-    return Encoded(reconstruction, loss.kl_weight * kl_to_standard_normal(moments).mean(), None, moments)
+    moments = moments.float()
+    weighted = loss.kl_weight * kl_to_standard_normal(moments).mean()
+    return Encoded(reconstruction.float(), weighted, None, moments)
 
 
 def reconstruction_loss(
@@ -77,7 +80,7 @@ def reconstruction_loss(
         Two scalars: the loss, and the mean LPIPS (0 without it).
     """
     error = (reconstruction - x).abs()
-    perceptual = error.new_zeros(len(x)) if lpips is None else lpips(reconstruction, x)
+    perceptual = error.new_zeros(len(x)) if lpips is None else lpips(reconstruction, x).float()
     error = error + weight * perceptual[:, None, None, None]
     return (error.sum() / len(x) if summed else error.mean()), perceptual.mean()
 
