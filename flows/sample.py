@@ -19,6 +19,7 @@ from flows.asked import Asked, Given, Settings
 from flows.models import TRAIN_LDM, find_registered, recipe_of
 from flows.sample_inputs import Inputs, inputs_of
 from ldm.config import Sampling
+from ldm.device import device_of
 from ldm.errors import CheckpointError, ContractError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.model_config import Weights
@@ -98,6 +99,7 @@ def sample_to_files(
     """
     check_output(output)
     source = open_model(store, spec, settings.changes(), weights)
+    source.model.to(device_of("auto"))
     inputs = inputs_of(source.model, asked, given)
     pictures = drawn(source, inputs, asked.num)
     text = dict(source.text) | {

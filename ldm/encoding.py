@@ -37,6 +37,7 @@ from datasets.samples import (
 )
 from datasets.shards import KEY, Sample, read_shard, write_shard
 from ldm.config import Encoding
+from ldm.device import device_of, home, placed
 from ldm.errors import ContractError
 from ldm.latents import STORED, moments
 from ldm.model import load_first_stage
@@ -124,8 +125,13 @@ def is_committed(job: Job) -> bool:
     return job.stage.find(job.store, job.recipe, job.inputs) is not None
 
 
-def encode_parts(job: Job, encoded: Encoded) -> None:
+def encode_parts(job: Job, encoded: Encoded, *, worker: int = 0) -> None:
     """Encode and store every part that is not done, until all are, by whomever, or the result is committed.
+
+    Args:
+        job: the work.
+        encoded: told how many pictures were encoded since the last time.
+        worker: which one of several this is; workers take the GPUs of a machine in turn.
 
     Raises:
         StoreError: a shard cannot be read or written.
@@ -133,6 +139,7 @@ def encode_parts(job: Job, encoded: Encoded) -> None:
     """
     torch.set_num_threads(job.recipe.threads)
     first_stage = load_first_stage(job.store, job.inputs["first_stage"])
+    first_stage = placed(first_stage, device_of(job.recipe.device, rank=worker, is_shared=True))
     micro_batch = job.recipe.encoding.micro_batch
     making: dict[int, Part] = {}
     with (
@@ -242,8 +249,8 @@ def encode(first_stage: FirstStage, images: np.ndarray, *, micro_batch: int) -> 
     for start in range(0, len(images), micro_batch):
         x = from_uint8(images[start : start + micro_batch])
         padded = torch.cat([x, x.new_zeros(micro_batch - len(x), *x.shape[1:])])
-        padded = padded.contiguous(memory_format=torch.channels_last)
-        parts.append(first_stage.encode(padded)[: len(x)].contiguous())
+        padded = padded.to(home(first_stage)).contiguous(memory_format=torch.channels_last)
+        parts.append(first_stage.encode(padded)[: len(x)].cpu().contiguous())
     return torch.cat(parts)
 
 

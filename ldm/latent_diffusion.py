@@ -280,7 +280,7 @@ class LatentDiffusion:
         micro_batch: int = MICRO_BATCH,
         **settings: Any,
     ) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1], one for each condition.
+        """Pictures (B, 3, H, W) in [-1, 1], one for each condition, on the CPU.
 
         Arguments and errors are those of `sample_latents`. What a mask keeps of an edit's image is put back
         as it is.
@@ -289,7 +289,7 @@ class LatentDiffusion:
         pictures = decode_in_micro_batches(
             self.first_stage, latents / self.config.scale, micro_batch=micro_batch
         )
-        return pictures if edit is None else edit.pasted(pictures)
+        return pictures if edit is None else edit.to(pictures.device).pasted(pictures)
 
     def denoiser(
         self,

@@ -22,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def kept_features(
-    images: np.ndarray, *, cache_dir: Path, micro_batch: int, progress: Progress = no_progress
+    images: np.ndarray,
+    *,
+    cache_dir: Path,
+    micro_batch: int,
+    device: torch.device,
+    progress: Progress = no_progress,
 ) -> np.ndarray:
     """Features (N, D) float32 of pictures (N, H, W, 3) uint8: computed now, or read where they were kept.
 
@@ -30,10 +35,12 @@ def kept_features(
         images: the pictures.
         cache_dir: local folder for features and converted weights; made if it is not there.
         micro_batch: pictures per pass; it changes the last bits of the features.
+        device: where the network runs.
         progress: called with the pictures done and their number.
     """
     weights = inception_state(cache_dir)
     about = f"{weights.name} {micro_batch} {torch.get_num_threads()} {images.shape} {images.dtype}"
+    about += "" if device.type == "cpu" else f" {device.type}"
     key = hashlib.sha256(about.encode() + np.ascontiguousarray(images).tobytes()).hexdigest()
     stem = f"features-{key[: 2 * DIGEST_LETTERS]}"
     for path in cache_dir.glob(f"{stem}-*.npy"):
@@ -46,6 +53,7 @@ def kept_features(
         weights_path=weights,
         micro_batch=micro_batch,
         num_images=len(images),
+        device=device,
         progress=progress,
     )
     buffer = io.BytesIO()

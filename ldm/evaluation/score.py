@@ -17,6 +17,7 @@ from datasets.manifest import Manifest
 from datasets.stream import SampleReader
 from ldm.conditions import reads_captions
 from ldm.config import Recipe
+from ldm.device import device_of
 from ldm.errors import ContractError
 from ldm.evaluation import fidelity, reconstruction
 from ldm.evaluation.classifier import accuracy, train_classifier
@@ -79,6 +80,7 @@ def made_sets(
                 weights_path=weights,
                 micro_batch=recipe.evaluation.micro_batch,
                 num_images=count,
+                device=device_of(recipe.device),
                 progress=partial(report, half=2 * index + 1),
             ),
         )
@@ -98,7 +100,7 @@ def score(job: Job) -> Result:
             "raise the held-out share (for a folder: --set dataset.source.held_out_share=0.2)"
         )
     contract = check_contract(job.inputs["latents"], recipe, job.inputs["first_stage"])
-    model = load_model(job.store, job.inputs["model"], recipe)
+    model = load_model(job.store, job.inputs["model"], recipe).to(device_of(recipe.device))
     pictures, features = made_sets(job, model=model, contract=contract, held_out=held_out)
     scores = compare(pictures, features) | judge(job, pictures["samples"], model.classes, held_out)
     scores["num_images"] = count

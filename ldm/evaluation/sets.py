@@ -18,6 +18,7 @@ from torch import Tensor
 from datasets.stream import SampleReader
 from ldm.conditions import Condition, reads_captions
 from ldm.config import Recipe
+from ldm.device import home
 from ldm.latent_diffusion import LatentDiffusion, class_condition
 from ldm.latents import LatentContract
 from ldm.models.first_stage import FirstStage, decode_in_micro_batches
@@ -67,7 +68,8 @@ def reconstruct(first_stage: FirstStage, images: np.ndarray, *, micro_batch: int
         x = from_uint8(images[start : start + micro_batch])
         padded = torch.cat([x, x.new_zeros(micro_batch - len(x), *x.shape[1:])])
         with torch.no_grad():
-            stored = first_stage.encode(padded.contiguous(memory_format=torch.channels_last))
+            padded = padded.to(home(first_stage)).contiguous(memory_format=torch.channels_last)
+            stored = first_stage.encode(padded)
             parts.append(to_uint8(first_stage.decode(first_stage.latent(stored, None))[: len(x)]))
     return np.concatenate(parts)
 
@@ -83,7 +85,7 @@ def decode_noise(
     """Decodings of independent Gaussians with each channel's mean and deviation over the corpus."""
     noise = torch.randn((count, *shape), generator=generator(recipe.sampling.seed, "noise decodings"))
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (contract.mean, contract.std))
-    latents = (noise * std + mean).contiguous(memory_format=torch.channels_last)
+    latents = (noise * std + mean).to(home(first_stage)).contiguous(memory_format=torch.channels_last)
     return to_uint8(decode_in_micro_batches(first_stage, latents, micro_batch=recipe.sampling.micro_batch))
 
 

@@ -180,11 +180,11 @@ def decode_in_micro_batches(first_stage: FirstStage, z: Tensor, *, micro_batch: 
         micro_batch: latents per forward pass; the last one is padded with zeros and cut.
 
     Returns:
-        (N, 3, H, W) pictures, clamped to [-1, 1].
+        (N, 3, H, W) pictures, clamped to [-1, 1]; on the CPU, as there may be many.
     """
     pictures = []
     for start in range(0, len(z), micro_batch):
         part = z[start : start + micro_batch]
         padded = torch.cat([part, part.new_zeros(micro_batch - len(part), *part.shape[1:])])
-        pictures.append(first_stage.decode(padded)[: len(part)].clamp(-1.0, 1.0))
+        pictures.append(first_stage.decode(padded)[: len(part)].clamp(-1.0, 1.0).cpu())
     return torch.cat(pictures)

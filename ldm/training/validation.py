@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from datasets.stream import SampleReader
+from ldm.device import home
 from ldm.errors import TrainingError
 from ldm.evaluation.reconstruction import psnr, ssim
 from ldm.evaluation.sets import nchw, reconstruct
@@ -87,7 +88,7 @@ class HeldOut:
         size, distances = self.micro_batch, []
         for start in range(0, len(rebuilt), size):
             parts = (images[start : start + size] for images in (rebuilt, self.images))
-            distances.append(self.lpips(*(from_uint8(part) for part in parts)))
+            distances.append(self.lpips(*(from_uint8(part).to(home(self.lpips)) for part in parts)))
         return torch.cat(distances).double().mean().item()
 
     def rfid(self, pair: tuple[Tensor, Tensor], weights: Path) -> float:

@@ -97,7 +97,8 @@ def test_fid_over_steps() -> None:
     cache = store.local_root / "cache"
 
     def features_of(pictures: np.ndarray) -> Tensor:
-        return torch.from_numpy(kept_features(pictures, cache_dir=cache, micro_batch=MICRO_BATCH)).double()
+        features = kept_features(pictures, cache_dir=cache, micro_batch=MICRO_BATCH, device=model.device)
+        return torch.from_numpy(features).double()
 
     real = features_of(held_out_of(store, manifest))
     exact = drawn(model, "ddim", EXACT_STEPS, NUM_COMPARED)

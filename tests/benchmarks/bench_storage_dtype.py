@@ -21,6 +21,7 @@ from datasets.shards import KEY, read_shard, write_shard
 from datasets.store import Store
 from datasets.stream import SampleReader, copy_value
 from flows.preflight import find_shards
+from ldm.device import home
 from ldm.encoding import as_stored, encode
 from ldm.evaluation import reconstruction
 from ldm.evaluation.features import distance, kept_features
@@ -75,7 +76,7 @@ def test_storage_types(
     first_stage, images, name = trained
     latents = encode(first_stage, images, micro_batch=MICRO_BATCH)
     features: Callable[[np.ndarray], np.ndarray] = lambda of: kept_features(  # noqa: E731
-        of, cache_dir=tmp_path, micro_batch=MICRO_BATCH
+        of, cache_dir=tmp_path, micro_batch=MICRO_BATCH, device=home(first_stage)
     )
     originals, rows = features(images), {}
     exact: Any = None
