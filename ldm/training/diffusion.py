@@ -107,8 +107,7 @@ class DiffusionTrainee:
         seed, key = self.training.seed, (index,) if index else ()
         if index:
             torch.manual_seed(seed_of(seed, step, "layers", *key))
-        x_0 = self.latents(samples["latent"], step, *key)
-        given = fields_from(samples, fields_of(self.recipe.conditioning))
+        x_0, given = self.prepared(samples, step, *key)
         t = draw_timesteps(len(x_0), self.schedule.num_timesteps, generator(seed, step, "timesteps", *key))
         eps = torch.randn(x_0.shape, generator=generator(seed, step, "noise", *key))
         t, eps = t.to(self.device), eps.to(self.device)
@@ -153,11 +152,13 @@ class DiffusionTrainee:
         """Drop the gradients."""
         self.optimizer.zero_grad()
 
-    def latents(self, stored: np.ndarray, step: int, *key: int) -> Tensor:
-        """Scaled latents (B, C, h, w) of what shards hold."""
+    def prepared(self, samples: Mapping[str, Any], step: int, *key: int) -> tuple[Tensor, Fields]:
+        """Scaled latents (B, C, h, w) of what shards hold, and the fields of their conditions."""
+        stored = torch.from_numpy(samples["latent"])
         draws = generator(self.training.seed, step, "posterior", *key)
-        latents = scaled_latent(self.first_stage, torch.from_numpy(stored), self.contract, generator=draws)
-        return latents.to(self.device).contiguous(memory_format=torch.channels_last)
+        latents = scaled_latent(self.first_stage, stored, self.contract, generator=draws).to(self.device)
+        given = fields_from(samples, fields_of(self.recipe.conditioning))
+        return latents.contiguous(memory_format=torch.channels_last), given
 
     def condition(self, given: Fields, step: int, *key: int, count: int) -> Condition:
         """What the UNet gets of the fields of `count` conditions, a share of them left out."""

@@ -7,11 +7,10 @@ an unguided one. Nothing is asserted about time. That both sides compute the sam
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from datasets.stream import SampleReader
 from ldm.bridge.diffusers_unet import diffusers_unet_config, to_diffusers_unet
+from ldm.conditions import Fields
 from ldm.config import Recipe
 from ldm.diffusion.guidance import guide
 from ldm.diffusion.objective import draw_timesteps
@@ -94,10 +94,10 @@ class FixedTrainee(DiffusionTrainee):
 
     fixed: Tensor
 
-    def latents(self, stored: np.ndarray, step: int, *key: int) -> Tensor:
+    def prepared(self, samples: Mapping[str, Any], step: int, *key: int) -> tuple[Tensor, Fields]:
         """The batch, at every step."""
-        del stored, step, key
-        return self.fixed
+        del samples, step, key
+        return self.fixed, {}
 
 
 class PlainLoop:

@@ -140,7 +140,7 @@ def test_what_is_trained_on_is_scaled_once(kind: str, request: pytest.FixtureReq
     assert abs(contract.scale - 1) > 0.1
     reader = SampleReader(chain.store, chain.latents, split="train")
     trainee = DiffusionTrainee(chain.recipe, reader, contract, first_stage, num_classes=15, look=no_look)
-    seen = torch.cat([trainee.latents(trainee.batches.at(step)["latent"], step) for step in range(10)])
+    seen = torch.cat([trainee.prepared(trainee.batches.at(step), step)[0] for step in range(10)])
     assert seen.std(correction=0).item() == pytest.approx(1.0, rel=1e-4 if kind == "vq" else 0.05)
 
 

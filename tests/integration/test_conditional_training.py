@@ -93,8 +93,9 @@ class FedTrainee(DiffusionTrainee):
 
     kind: str
 
-    def batch(self, step: int) -> tuple[Tensor, Fields]:
+    def prepared(self, samples: Mapping[str, Any], step: int, *key: int) -> tuple[Tensor, Fields]:
         """The batch of a step."""
+        del samples, key
         return some_batch(self.kind, step)
 
 

@@ -203,7 +203,7 @@ def test_a_rank_that_stands_still_is_found_and_the_run_goes_on(kl_chain: Chain) 
 
     with meanwhile(stop_one):
         supervise(work, 2, checkpoint_every_s=0.0)
-    assert 10 < time.monotonic() - stopped_at[0] < 60
+    assert 10 < time.monotonic() - stopped_at[0] < 120
     assert_same(ended(work), alone)
 
 

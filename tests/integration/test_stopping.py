@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections.abc import Callable
@@ -43,9 +44,9 @@ def before_training(
 
 
 def is_training(store: Path, run: subprocess.Popen[str]) -> bool:
-    """Whether it has done a few steps, by what `ldm status` reads."""
-    said = [path.read_text("utf-8") for path in (store / "status").glob("train-ldm-*.json")]
-    return any('"state": "running"' in text and '"done": 0' not in text for text in said)
+    """Whether this run has done a step, by what `ldm status` reads."""
+    said = [json.loads(path.read_text("utf-8")) for path in (store / "status").glob("train-ldm-*.json")]
+    return any(status["pid"] == run.pid and status["done"] for status in said)
 
 
 @pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), NUM_RANKS])

@@ -15,7 +15,11 @@ BROKEN = {
         ["first_stage.training.virtual_shards=3"],
         r"virtual_shards \(3\) must divide batch_size \(16\); use one of 1, 2, 4, 8, 16",
     ),
-    "shards of a UNet": (["training.virtual_shards=2"], r"training\.virtual_shards"),
+    "ranks without shards": (
+        ["training.virtual_shards=4", "training.ranks=3"],
+        r"ranks \(3\) must be a power of two .* virtual_shards \(4\); use ranks of 1, 2, 4, or virtual_shards=4",
+    ),
+    "more ranks than shards": (["training.ranks=2"], r"use ranks of 1, or virtual_shards=2, which trains to"),
     "patience without validation": (
         ["first_stage.validation.every_images=0", "first_stage.validation.patience=2"],
         r"validation\.patience needs validations, got validation\.every_images=0; set it",
