@@ -31,6 +31,12 @@ class Job:
         """State of unfinished attempts; it is cleared once the result is committed."""
         return self.store.work(self.stage.name, self.key)
 
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What decides the result: the recipe's part of it, and the digests of its inputs."""
+        digests = {role: manifest.digest for role, manifest in self.inputs.items()}
+        return {"stage": self.stage.name, **self.stage.what(self.recipe), "inputs": digests}
+
     def put(self, name: str, data: bytes, *, count: int | None = None) -> FileRecord:
         """Store one file of the result."""
         return self.store.put(self.stage.name, self.key, name, data, count=count)

@@ -12,6 +12,7 @@ from ldm.config import Recipe
 from ldm.model import WEIGHTS
 from ldm.pictures import curves
 from ldm.stages.stage import Job, Result, Stage
+from ldm.training.checkpoint import num_kept
 from ldm.training.first_stage import FirstStageTrainee
 from ldm.training.loop import History, images_seen, train
 from ldm.training.validation import best
@@ -26,7 +27,9 @@ def what(recipe: Recipe) -> dict[str, Any]:
     return {
         "model": recipe.first_stage.model.model_dump(mode="json"),
         "loss": recipe.first_stage.loss.model_dump(mode="json"),
-        "training": recipe.first_stage.training.model_dump(mode="json", exclude={"picture_every_images"})
+        "training": recipe.first_stage.training.model_dump(
+            mode="json", exclude={"picture_every_images", "keep_every_images"}
+        )
         if recipe.first_stage.training
         else None,
         "validation": recipe.first_stage.validation.model_dump(mode="json")
@@ -37,11 +40,13 @@ def what(recipe: Recipe) -> dict[str, Any]:
 
 
 def need_bytes(recipe: Recipe, inputs: Mapping[str, Manifest]) -> int:
-    """Two checkpoints and the result; a network of 128 channels has some 55 million parameters."""
+    """Checkpoints and the result; a network of 128 channels has some 55 million parameters."""
     del inputs
     parameters = 55e6 * (recipe.first_stage.model.channels / 128) ** 2 + 3e6
+    training = recipe.first_stage.training
     per_checkpoint = 20 if recipe.first_stage.validation.keep_best else 16
-    return int(200 * MIB + 2 * per_checkpoint * parameters + 8 * parameters)
+    checkpoints = num_kept(training) * per_checkpoint if training else 0
+    return int(200 * MIB + checkpoints * parameters + 8 * parameters)
 
 
 def build(job: Job) -> Result:
@@ -55,7 +60,7 @@ def build(job: Job) -> Result:
         SampleReader(job.store, shards, split="held_out"),
         inception=lambda: inception_state(job.store.local_root / "cache"),
     )
-    history = train(trainee, job.work, report=job.report)
+    history = train(trainee, job.work, report=job.report, of=job.configuration)
     pictures = {**trainee.look(history), **loss_curves(history)}
     for name, png in pictures.items():
         job.report.picture(name, images_seen(history), png)

@@ -22,6 +22,7 @@ from ldm.range import to_uint8
 from ldm.stages.stage import Job, Result, Stage
 from ldm.stages.train_first_stage import last_values, loss_curves
 from ldm.stored_models import RAW
+from ldm.training.checkpoint import num_kept
 from ldm.training.diffusion import DiffusionTrainee
 from ldm.training.loop import train
 
@@ -37,19 +38,21 @@ def what(recipe: Recipe) -> dict[str, Any]:
         "unet": recipe.unet.model_dump(mode="json", exclude={"checkpoint_activations"}),
         "conditioning": recipe.conditioning.model_dump(mode="json") if recipe.conditioning else None,
         "diffusion": recipe.diffusion.model_dump(mode="json"),
-        "training": recipe.training.model_dump(mode="json", exclude={"picture_every_images"}),
+        "training": recipe.training.model_dump(
+            mode="json", exclude={"picture_every_images", "keep_every_images"}
+        ),
         "threads": recipe.threads,
     }
 
 
 def need_bytes(recipe: Recipe, inputs: Mapping[str, Manifest]) -> int:
-    """Two checkpoints of weights, averages and two Adam moments, and the result."""
+    """Checkpoints of weights, averages and two Adam moments, and the result."""
     del inputs
     with torch.device("meta"):
         parameters = sum(
             p.numel() for p in build_denoising(recipe, num_classes=max(recipe.num_classes, 1)).parameters()
         )
-    return 100 * MIB + 2 * 16 * parameters + 8 * parameters
+    return 100 * MIB + num_kept(recipe.training) * 16 * parameters + 8 * parameters
 
 
 def build(job: Job) -> Result:
@@ -71,7 +74,7 @@ def build(job: Job) -> Result:
         return {"samples": sample_grid(model, recipe, held_out, per_class=2, steps=LOOK_STEPS)}
 
     trainee = DiffusionTrainee(recipe, reader, contract, first_stage, num_classes=len(classes), look=look)
-    history = train(trainee, job.work, report=job.report)
+    history = train(trainee, job.work, report=job.report, of=job.configuration)
     for name, picture in {**trainee.look(history), **loss_curves(history)}.items():
         job.report.picture(name, recipe.training.num_images, picture)
     raw = {name: value.contiguous() for name, value in trainee.networks.state_dict().items()}

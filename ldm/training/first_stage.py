@@ -20,7 +20,6 @@ from ldm.models.first_stage import KLModel, VQModel, build_first_stage
 from ldm.models.lpips import build_lpips
 from ldm.pictures import png, side_by_side
 from ldm.range import from_uint8, to_uint8
-from ldm.training.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
 from ldm.training.codebook import CodeUse
 from ldm.training.ema import Ema
 from ldm.training.first_stage_loss import (
@@ -40,6 +39,7 @@ from ldm.training.health import (
 )
 from ldm.training.loop import History, is_due, is_logged, learning_rate
 from ldm.training.randomness import generator, seed_of
+from ldm.training.state import check_state, load_module, load_optimizer, module_tensors, optimizer_tensors
 from ldm.training.validation import HeldOut, best, judged, judged_after, num_without_better
 from ldm.training.verdicts import Facts
 from ldm.training.virtual_shards import run_shards
@@ -289,7 +289,9 @@ class FirstStageTrainee:
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put `tensors` back."""
+        """Put `tensors` back, after a look at whether they fit."""
+        optimizers = {"optimizer": self.optimizer, "discriminator_optimizer": self.discriminator_optimizer}
+        check_state(tensors, self.tensors(), optimizers=optimizers)
         load_module(self.model, tensors, "model")
         load_module(self.discriminator, tensors, "discriminator")
         load_optimizer(self.optimizer, tensors, "optimizer")

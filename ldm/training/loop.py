@@ -4,14 +4,14 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from datasets.store import WorkArea
 from ldm.errors import TrainingError
-from ldm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ldm.training.checkpoint import Checkpoint, Checkpoints
 from ldm.training.randomness import seed_of
 from ldm.training_config import Training
 
@@ -135,7 +135,12 @@ def warmup_share(training: Training, images: int) -> float:
 
 
 def train(
-    trainee: Trainee, work: WorkArea, *, report: Report, checkpoint_every_s: float = CHECKPOINT_EVERY_S
+    trainee: Trainee,
+    work: WorkArea,
+    *,
+    report: Report,
+    of: Mapping[str, Any] | None = None,
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S,
 ) -> History:
     """Train to the end from wherever the work area's newest checkpoint left off.
 
@@ -143,16 +148,24 @@ def train(
         trainee: the model in training; it is left in its final state.
         work: where checkpoints live; the caller clears it once the result is committed.
         report: told of metrics, pictures and progress.
+        of: the run's configuration; checkpoints of another are refused.
         checkpoint_every_s: seconds of work between checkpoints.
 
     Returns:
         Every logged metric: name -> (images seen, value).
 
     Raises:
-        TrainingError: the loss stopped being finite.
+        TrainingError: the loss stopped being finite, or the checkpoint is of another configuration.
+        SpaceError: the store is too full for a checkpoint.
     """
+    with Checkpoints(work, of=of, keep_every=trainee.training.keep_every_steps) as checkpoints:
+        return run(trainee, checkpoints, report=report, checkpoint_every_s=checkpoint_every_s)
+
+
+def run(trainee: Trainee, checkpoints: Checkpoints, *, report: Report, checkpoint_every_s: float) -> History:
+    """What `train` does, between the first look at checkpoints and the last one saved."""
     training = trainee.training
-    step, history = resume(trainee, work)
+    step, history = resume(trainee, checkpoints)
     if step == 0:
         show(trainee, 0, history, report)
     saved_at = time.monotonic()
@@ -170,7 +183,7 @@ def train(
             show(trainee, images, history, report)
         if time.monotonic() - saved_at > checkpoint_every_s or ended:
             report.flush()
-            save_checkpoint(work, Checkpoint(step, trainee.tensors(), history))
+            checkpoints.save(Checkpoint(step, trainee.tensors(), history))
             saved_at = time.monotonic()
     return history
 
@@ -181,9 +194,9 @@ def show(trainee: Trainee, images: int, history: History, report: Report) -> Non
         report.picture(name, images, png)
 
 
-def resume(trainee: Trainee, work: WorkArea) -> tuple[int, History]:
+def resume(trainee: Trainee, checkpoints: Checkpoints) -> tuple[int, History]:
     """Load the newest checkpoint, if any; the step to do next and the history so far."""
-    checkpoint = load_checkpoint(work)
+    checkpoint = checkpoints.load()
     if checkpoint is None:
         return 0, {}
     trainee.load(checkpoint.tensors)
