@@ -103,12 +103,8 @@ class Checkpoints:
                 return read(self._work, step, of=self._of)
             except CorruptionError as error:
                 self._damaged.add(step)
-                self.incidents.append(f"{name_of(step)} is damaged: {error}")
-                logger.warning(
-                    "checkpoint %s is damaged and is not used: %s; falling back to the one before it",
-                    name_of(step),
-                    error,
-                )
+                self.incidents.append(str(error))
+                logger.warning("a damaged checkpoint is passed over for the one before it: %s", error)
         return None
 
     def save(self, checkpoint: Checkpoint) -> None:
