@@ -146,7 +146,7 @@ class LocalBlobs:
                     )
             return sha256_file(target)
 
-    def replace(self, path: str, data: bytes) -> None:
+    def replace(self, path: str, data: bytes | bytearray) -> None:
         """Write bytes to a path, in one step in place of what it held."""
         with translated(self.address(path)):
             write_whole(self.root / path, lambda stream: stream.write(data), publish=os.replace)
@@ -181,10 +181,11 @@ class LocalBlobs:
             return sum(found.lstat().st_size for found in (self.root / folder).rglob("*") if found.is_file())
 
     def names(self, folder: str) -> list[str]:
-        """Return the sorted names of the files directly in a folder; temporary ones are left out."""
+        """Return the sorted names of the files directly in a folder, links and temporary ones left out."""
         with translated(self.address(folder)):
             try:
-                files = [entry.name for entry in os.scandir(self.root / folder) if entry.is_file()]
+                entries = list(os.scandir(self.root / folder))
+                files = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
             except (FileNotFoundError, NotADirectoryError):
                 return []
         return sorted(name for name in files if not name.startswith(TEMPORARY))
@@ -253,7 +254,7 @@ class RemoteBlobs:
         held = self._create(path, lambda: self.filesystem.put_file(str(source), full, mode="create"))
         return digest if held is None else sha256_hex(held)
 
-    def replace(self, path: str, data: bytes) -> None:
+    def replace(self, path: str, data: bytes | bytearray) -> None:
         """Put bytes at a path, in place of what it held."""
         with translated(self.address(path), kinds=Exception):
             self.filesystem.pipe_file(self._full(path), data)

@@ -44,7 +44,7 @@ def canonical_json(value: Any) -> bytes:
         raise ValueError(message) from error
 
 
-def sha256_hex(data: bytes) -> str:
+def sha256_hex(data: bytes | bytearray) -> str:
     """Return the SHA-256 of bytes as 64 lowercase hex digits."""
     return hashlib.sha256(data).hexdigest()
 

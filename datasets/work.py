@@ -36,7 +36,7 @@ class WorkArea:
         self._folder = folder
         self._scratch = scratch
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | bytearray) -> None:
         """Write a file, whole and durable, in place of what it held.
 
         Raises:
@@ -48,6 +48,14 @@ class WorkArea:
         """Return a file's bytes, or None when it does not exist."""
         return self._blobs.read(f"{self._folder}/{file_name(name)}")
 
+    def size(self, name: str) -> int | None:
+        """Return a file's size in bytes, or None when it does not exist."""
+        return self._blobs.size(f"{self._folder}/{file_name(name)}")
+
+    def digest(self, name: str) -> str | None:
+        """Return the SHA-256 of a file as it is read back, in constant memory, or None without one."""
+        return self._blobs.digest(f"{self._folder}/{file_name(name)}")
+
     def names(self, prefix: str = "") -> list[str]:
         """Return the sorted names of the files that begin with a prefix."""
         return [name for name in self._blobs.names(self._folder) if name.startswith(prefix)]
@@ -55,6 +63,10 @@ class WorkArea:
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
         self._blobs.remove(f"{self._folder}/{file_name(name)}")
+
+    def sweep(self) -> None:
+        """Remove what killed writers left half-written, recognised by an hour without a write."""
+        self._blobs.sweep(self._folder)
 
     @property
     def uri(self) -> str:

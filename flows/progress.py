@@ -66,6 +66,7 @@ class StageReport:
         self.log_path = log_file(store, stage, key)
         self.before = self.saved_costs()
         self.done = self.total = 0
+        self.cpu_elsewhere_s = 0.0
         self.first: tuple[float, int] | None = None
         self.written_at = 0.0
         self.bar: Progress | None = None
@@ -133,7 +134,9 @@ class StageReport:
         """Wall and CPU seconds spent on this artifact."""
         return {
             "wall_s": round(self.before["wall_s"] + time.monotonic() - self.started, 1),
-            "cpu_s": round(self.before["cpu_s"] + cpu_seconds() - self.cpu_at_start, 1),
+            "cpu_s": round(
+                self.before["cpu_s"] + cpu_seconds() - self.cpu_at_start + self.cpu_elsewhere_s, 1
+            ),
         }
 
     def metrics(self, images_seen: int, values: Mapping[str, float]) -> None:
@@ -157,6 +160,10 @@ class StageReport:
         if now - self.logged_at > LOG_EVERY_S:
             self.logged_at = now
             logger.info("%s", self.line(), extra={"shown_by_bar": self.bar is not None})
+
+    def spent(self, cpu_s: float) -> None:
+        """Count what ranks have spent, which are children of their fork server."""
+        self.cpu_elsewhere_s += cpu_s
 
     def flush(self) -> None:
         """Wait until MLflow has what was reported."""

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from ldm.encoding import Encoded, encode_parts
-from ldm.training.loop import Silent
+from ldm.training.report import Silent
 
 if TYPE_CHECKING:  # the stage imports this module
     from ldm.stages.stage import Job

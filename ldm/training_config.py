@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from ldm.network_config import Config
 
-NOT_WHAT = {"picture_every_images", "ranks"}
+NOT_WHAT = {"picture_every_images", "keep_every_images", "ranks"}
 """Settings of a training run that change no bit of its result."""
 
 
@@ -51,11 +51,18 @@ class Training(Config):
     seed: int = 0
     picture_every_images: int = Field(default=50_000, gt=0)
     """Images between pictures for people to look at."""
+    keep_every_images: int = Field(default=0, ge=0)
+    """Images between checkpoints that stay while the run lasts; 0 keeps the newest two alone."""
 
     @property
     def num_steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.num_images // self.batch_size
+
+    @property
+    def keep_every_steps(self) -> int:
+        """Optimiser steps between checkpoints that stay, 0 where none do."""
+        return -(-self.keep_every_images // self.batch_size)
 
     @model_validator(mode="after")
     def check(self) -> Self:

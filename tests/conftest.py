@@ -120,7 +120,7 @@ def build_chain(store: Store, shards: Manifest, recipe: Recipe) -> Chain:
     """Train a recipe's first stage and encode the cats, by the real stages."""
     from ldm.stages import STAGES
     from ldm.stages.stage import Job
-    from ldm.training.loop import Silent
+    from ldm.training.report import Silent
 
     made: dict[str, Manifest] = {"download-shards": shards}
     for name in ("train-first-stage", "encode-latents"):

@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 BEACON = "beacon-{rank}.json"
@@ -40,7 +41,8 @@ class Beacon:
             self._durations.append(now - self._step_began)
         self._step_began = now if phase == "step" else None
         self._num_steps += phase == "step"
-        text = json.dumps({"phase": phase, "step": step, "until": now + self._limit(phase)})
+        until, cpu_s = now + self._limit(phase), time.process_time()
+        text = json.dumps({"phase": phase, "step": step, "until": until, "cpu_s": cpu_s})
         os.pwrite(self._file, text.encode().ljust(NUM_BYTES), 0)
 
     def _limit(self, phase: str) -> float:
@@ -73,3 +75,13 @@ def overdue(folder: Path, num_ranks: int, *, since: float) -> str | None:
             return None
         words.append(f"rank {rank} is at {said['phase']} of step {said['step']}")
     return ", ".join(words)
+
+
+def cpu_seconds(folder: Path) -> float:
+    """CPU seconds of all ranks by their last signs of life, which are removed for the next attempt."""
+    total = 0.0
+    for path in folder.glob(BEACON.format(rank="*")):
+        with suppress(ValueError):
+            total += json.loads(path.read_bytes())["cpu_s"]
+        path.unlink()
+    return total

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ldm.errors import TrainingError, WorkerError
-from ldm.launch.beacons import overdue
+from ldm.launch.beacons import cpu_seconds, overdue
 from ldm.launch.task import Task, task_of
 from ldm.launch.telling import Told
 from ldm.training.checkpoint import saved
@@ -56,6 +56,7 @@ def supervise(job: "Job", num_ranks: int, *, checkpoint_every_s: float = CHECKPO
             with attempt(task, num_ranks) as ranks:
                 reason = watch(ranks, task, told, stopping)
             told.pass_on()
+            job.report.spent(cpu_seconds(Path(name)))
             errors = told.errors()
             if reason is None or stopping.asked:
                 return
@@ -91,8 +92,6 @@ def attempt(task: Task, num_ranks: int) -> Iterator[list[ForkServerProcess]]:
         )
         for rank in range(num_ranks)
     ]
-    for beacon in Path(task.folder).glob("beacon-*"):
-        beacon.unlink()
     try:
         for process in ranks:
             process.start()

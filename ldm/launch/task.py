@@ -64,7 +64,7 @@ def job_of(task: Task) -> Job:
     """
     from ldm.stages import STAGES
     from ldm.stages.stage import Job
-    from ldm.training.loop import Silent
+    from ldm.training.report import Silent
 
     store, stage = Store(task.store), STAGES[task.stage]
     inputs = {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.training.loop import Report
+from ldm.training.report import Report
 
 TOLD = "told-{rank}.jsonl"
 ERROR = "error-{rank}.json"
@@ -45,6 +45,9 @@ class Telling(logging.Handler):
     def progress(self, done: int, total: int) -> None:
         """How many of how many images."""
         self._tell("progress", done, total)
+
+    def spent(self, cpu_s: float) -> None:
+        """Nothing: the supervisor reads it off the beacons."""
 
     def flush(self) -> None:
         """Nothing waits: what was told is in the file, and the supervisor reads it even if this rank dies."""

@@ -69,6 +69,7 @@ def do(task: Task, ranks: Ranks) -> bool:
             make_trainee(job, ranks),
             job.work,
             report=telling,
+            of=job.configuration,
             ranks=ranks,
             pulse=beacon,
             checkpoint_every_s=task.checkpoint_every_s,

@@ -14,8 +14,9 @@ from datasets.store import Store, WorkArea
 from ldm.config import Recipe
 from ldm.device import device_of
 from ldm.launch.supervisor import supervise
-from ldm.training.loop import History, Report, Trainee, train
+from ldm.training.loop import History, Trainee, train
 from ldm.training.ranks import ALONE, Ranks
+from ldm.training.report import Report
 from ldm.training_config import Training
 
 TraineeT = TypeVar("TraineeT", bound=Trainee)
@@ -36,6 +37,12 @@ class Job:
     def work(self) -> WorkArea:
         """State of unfinished attempts; it is cleared once the result is committed."""
         return self.store.work(self.stage.name, self.key)
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What decides the result: the recipe's part of it, and the digests of its inputs."""
+        digests = {role: manifest.digest for role, manifest in self.inputs.items()}
+        return {"stage": self.stage.name, **self.stage.what(self.recipe), "inputs": digests}
 
     def put(self, name: str, data: bytes, *, count: int | None = None) -> FileRecord:
         """Store one file of the result."""
@@ -113,7 +120,7 @@ def trained(job: Job, training: Training, make: Callable[[Job, Ranks], TraineeT]
     if training.ranks > 1:
         supervise(job, training.ranks)
     trainee = make(job, ALONE)
-    return trainee, train(trainee, job.work, report=job.report)
+    return trainee, train(trainee, job.work, report=job.report, of=job.configuration)
 
 
 def environment(recipe: Recipe) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ldm.device import device_of
 from ldm.model import WEIGHTS
 from ldm.pictures import curves
 from ldm.stages.stage import Job, Result, Stage, trained
+from ldm.training.checkpoint import num_kept
 from ldm.training.first_stage import FirstStageTrainee
 from ldm.training.loop import History, images_seen
 from ldm.training.ranks import Ranks
@@ -40,11 +41,13 @@ def what(recipe: Recipe) -> dict[str, Any]:
 
 
 def need_bytes(recipe: Recipe, inputs: Mapping[str, Manifest]) -> int:
-    """Two checkpoints and the result; a network of 128 channels has some 55 million parameters."""
+    """Checkpoints and the result; a network of 128 channels has some 55 million parameters."""
     del inputs
     parameters = 55e6 * (recipe.first_stage.model.channels / 128) ** 2 + 3e6
+    training = recipe.first_stage.training
     per_checkpoint = 20 if recipe.first_stage.validation.keep_best else 16
-    return int(200 * MIB + 2 * per_checkpoint * parameters + 8 * parameters)
+    checkpoints = num_kept(training) * per_checkpoint if training else 0
+    return int(200 * MIB + checkpoints * parameters + 8 * parameters)
 
 
 def build(job: Job) -> Result:

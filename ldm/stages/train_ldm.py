@@ -23,6 +23,7 @@ from ldm.range import to_uint8
 from ldm.stages.stage import Job, Result, Stage, trained
 from ldm.stages.train_first_stage import last_values, loss_curves
 from ldm.stored_models import RAW
+from ldm.training.checkpoint import num_kept
 from ldm.training.diffusion import DiffusionTrainee
 from ldm.training.ranks import Ranks
 from ldm.training_config import NOT_WHAT
@@ -45,13 +46,13 @@ def what(recipe: Recipe) -> dict[str, Any]:
 
 
 def need_bytes(recipe: Recipe, inputs: Mapping[str, Manifest]) -> int:
-    """Two checkpoints of weights, averages and two Adam moments, and the result."""
+    """Checkpoints of weights, averages and two Adam moments, and the result."""
     del inputs
     with torch.device("meta"):
         parameters = sum(
             p.numel() for p in build_denoising(recipe, num_classes=max(recipe.num_classes, 1)).parameters()
         )
-    return 100 * MIB + 2 * 16 * parameters + 8 * parameters
+    return 100 * MIB + num_kept(recipe.training) * 16 * parameters + 8 * parameters
 
 
 def build(job: Job) -> Result:

@@ -20,12 +20,13 @@ from ldm.latents import LatentContract, scaled_latent
 from ldm.model import Autoencoder, Denoising, build_denoising
 from ldm.models.first_stage import FirstStage
 from ldm.training.batches import Batches
-from ldm.training.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
 from ldm.training.dropout import encode_some
 from ldm.training.ema import Ema
-from ldm.training.loop import History, is_logged, learning_rate
+from ldm.training.learning_rate import learning_rate
+from ldm.training.loop import History, is_logged
 from ldm.training.randomness import generator, seed_of
 from ldm.training.ranks import ALONE, Ranks
+from ldm.training.state import check_state, load_module, load_optimizer, module_tensors, optimizer_tensors
 from ldm.training.virtual_shards import run_shards
 from ldm.training_config import Training
 
@@ -192,7 +193,8 @@ class DiffusionTrainee:
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put `tensors` back."""
+        """Put `tensors` back, after a look at whether they fit."""
+        check_state(tensors, self.tensors(), optimizers={"optimizer": self.optimizer})
         load_module(self.networks, tensors, "networks")
         load_optimizer(self.optimizer, tensors, "optimizer")
         for name, average in self.ema.averages.items():

@@ -24,7 +24,6 @@ from ldm.models.lpips import build_lpips
 from ldm.pictures import png, side_by_side
 from ldm.range import from_uint8, to_uint8
 from ldm.training.batches import Batches
-from ldm.training.checkpoint import load_module, load_optimizer, module_tensors, optimizer_tensors
 from ldm.training.codebook import CodeUse
 from ldm.training.ema import Ema
 from ldm.training.first_stage_loss import (
@@ -42,9 +41,11 @@ from ldm.training.health import (
     watch_latents,
     watch_weight,
 )
-from ldm.training.loop import History, is_due, is_logged, learning_rate
+from ldm.training.learning_rate import learning_rate
+from ldm.training.loop import History, is_due, is_logged
 from ldm.training.randomness import generator, seed_of
 from ldm.training.ranks import ALONE, Ranks
+from ldm.training.state import check_state, load_module, load_optimizer, module_tensors, optimizer_tensors
 from ldm.training.validation import HeldOut, best, judged, judged_after, num_without_better
 from ldm.training.verdicts import Facts
 from ldm.training.virtual_shards import run_shards
@@ -354,7 +355,9 @@ class FirstStageTrainee:
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put `tensors` back."""
+        """Put `tensors` back, after a look at whether they fit."""
+        optimizers = {"optimizer": self.optimizer, "discriminator_optimizer": self.discriminator_optimizer}
+        check_state(tensors, self.tensors(), optimizers=optimizers)
         load_module(self.model, tensors, "model")
         load_module(self.discriminator, tensors, "discriminator")
         load_optimizer(self.optimizer, tensors, "optimizer")

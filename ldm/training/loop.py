@@ -8,16 +8,17 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from datasets.store import WorkArea
 from ldm.errors import TrainingError
-from ldm.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ldm.training.checkpoint import Checkpoint, Checkpoints
 from ldm.training.randomness import seed_of
 from ldm.training.ranks import ALONE, Ranks
+from ldm.training.report import Report, Silent
 from ldm.training.stopping import Stopping
 from ldm.training_config import Training
 
@@ -94,42 +95,6 @@ class Trainee(Protocol):
         ...
 
 
-class Report(Protocol):
-    """Where long work tells how far it is."""
-
-    def metrics(self, images_seen: int, values: Mapping[str, float]) -> None:
-        """Scalars at a point of the run."""
-        ...
-
-    def picture(self, name: str, images_seen: int, png: bytes) -> None:
-        """A picture at a point of the run."""
-        ...
-
-    def progress(self, done: int, total: int) -> None:
-        """How many of how many images."""
-        ...
-
-    def flush(self) -> object:
-        """Wait until all that was told so far is kept; called before each checkpoint."""
-        ...
-
-
-class Silent:
-    """A report that keeps nothing."""
-
-    def metrics(self, images_seen: int, values: Mapping[str, float]) -> None:
-        """Ignored."""
-
-    def picture(self, name: str, images_seen: int, png: bytes) -> None:
-        """Ignored."""
-
-    def progress(self, done: int, total: int) -> None:
-        """Ignored."""
-
-    def flush(self) -> None:
-        """Nothing to keep."""
-
-
 def is_logged(training: Training, step: int) -> bool:
     """True if metrics are written down after so many steps."""
     return step % LOG_EVERY_STEPS == 0 or step == training.num_steps
@@ -138,33 +103,6 @@ def is_logged(training: Training, step: int) -> bool:
 def is_due(images: int, training: Training, *, every_images: int) -> bool:
     """True if the step that led to so many images seen reached the next multiple of `every_images`."""
     return images // every_images > (images - training.batch_size) // every_images
-
-
-def learning_rate(training: Training, step: int) -> float:
-    """Learning rate of the step-th step: linear warm-up, then constant or a cosine down to its floor.
-
-    The published schedules are `constant` with `warmup_start` (LambdaLinear: lsun_churches) and
-    `warmup_cosine` (LambdaWarmUpCosine: inpainting_big), each with multipliers as shares of their largest.
-    """
-    images, floor = step * training.batch_size, training.lr_floor
-    warmup = warmup_share(training, images)
-    if training.lr_schedule == "constant":
-        return training.lr * warmup
-    if training.lr_schedule == "cosine":
-        fall = 0.5 * (1.0 + math.cos(math.pi * images / training.num_images))
-        return training.lr * warmup * (floor + (1.0 - floor) * fall)
-    since, end = images - training.warmup_images, training.decay_images or training.num_images
-    done = min(max(since / (end - training.warmup_images), 0.0), 1.0)
-    return training.lr * warmup * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done)))
-
-
-def warmup_share(training: Training, images: int) -> float:
-    """Share of the learning rate that warm-up allows after so many images, 1 when it is over."""
-    if images >= training.warmup_images:
-        return 1.0
-    if training.warmup_start is not None:
-        return training.warmup_start + (1.0 - training.warmup_start) * images / training.warmup_images
-    return min(1.0, (images + training.batch_size) / training.warmup_images)
 
 
 class Pulse(Protocol):
@@ -184,6 +122,7 @@ def train(
     work: WorkArea,
     *,
     report: Report,
+    of: Mapping[str, Any] | None = None,
     ranks: Ranks = ALONE,
     pulse: Pulse = no_pulse,
     checkpoint_every_s: float = CHECKPOINT_EVERY_S,
@@ -196,6 +135,7 @@ def train(
         trainee: the model in training; it is left in its final state.
         work: where checkpoints live; the caller clears it once the result is committed.
         report: told of metrics, pictures and progress, by the first rank.
+        of: the run's configuration; checkpoints of another are refused.
         ranks: the processes that do this together.
         pulse: told at every step what this rank is at.
         checkpoint_every_s: seconds of work between checkpoints.
@@ -204,11 +144,14 @@ def train(
         Every logged metric: name -> (images seen, value).
 
     Raises:
-        TrainingError: the loss or its gradient is not finite again and again.
+        TrainingError: the loss or its gradient is not finite again and again, or the checkpoint is of another
+            configuration, or it was told to stop.
+        SpaceError: the store is too full for a checkpoint.
     """
     training = trainee.training
-    run = Run(trainee, work, report, ranks, pulse)
-    with Stopping() as stopping:
+    keep_every = training.keep_every_steps
+    with Stopping() as stopping, Checkpoints(work, of=of, keep_every=keep_every) as checkpoints:
+        run = Run(trainee, checkpoints, report, ranks, pulse)
         run.resume()
         saved_at = time.monotonic()
         while run.goes_on:
@@ -232,8 +175,10 @@ def train(
 class Run:
     """A run under way: how far it is, what it logged, and which of its steps were left out."""
 
-    def __init__(self, trainee: Trainee, work: WorkArea, report: Report, ranks: Ranks, pulse: Pulse) -> None:
-        self.trainee, self.training, self.work = trainee, trainee.training, work
+    def __init__(
+        self, trainee: Trainee, checkpoints: Checkpoints, report: Report, ranks: Ranks, pulse: Pulse
+    ) -> None:
+        self.trainee, self.training, self.checkpoints = trainee, trainee.training, checkpoints
         self.report: Report = report if ranks.is_first else Silent()
         self.ranks, self.pulse = ranks, pulse
         self.step = 0
@@ -253,7 +198,9 @@ class Run:
     def resume(self) -> None:
         """Go to the newest checkpoint, if any; a run that begins is looked at untrained."""
         self.pulse("start", 0)
-        checkpoint = load_checkpoint(self.work)
+        checkpoint = self.checkpoints.load()
+        if self.checkpoints.incidents:
+            self.report.metrics(self.images, {"checkpoints_passed_over": len(self.checkpoints.incidents)})
         if checkpoint is None:
             self.look()
             return
@@ -282,9 +229,7 @@ class Run:
 
     def learn(self, step: int) -> dict[str, Tensor]:
         """Do a step, unless what it computed is not finite; scalars to log, none of a step left out."""
-        torch.manual_seed(
-            seed_of(self.training.seed, step, "layers")
-        )  # dropout draws from the global generator
+        torch.manual_seed(seed_of(self.training.seed, step, "layers"))  # which dropout draws from
         values = self.trainee.gradients(step)
         judged = {name: float(values[name]) for name in JUDGED if name in values}
         bad = {name: value for name, value in judged.items() if not math.isfinite(value)}
@@ -333,7 +278,7 @@ class Run:
         if self.ranks.is_first:
             self.report.flush()
             skipped = tuple(self.bad_steps)
-            save_checkpoint(self.work, Checkpoint(self.step, self.trainee.tensors(), self.history, skipped))
+            self.checkpoints.save(Checkpoint(self.step, self.trainee.tensors(), self.history, skipped))
 
 
 def finite(numbers: dict[str, float], images: int) -> dict[str, float]:

@@ -30,7 +30,7 @@ from ldm.range import from_uint8
 from ldm.recipe import load_recipe
 from ldm.stages import STAGES
 from ldm.stages.stage import Job
-from ldm.training.loop import Silent
+from ldm.training.report import Silent
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(1200)]
 

@@ -11,7 +11,7 @@ import pytest
 
 from ldm.stages import STAGES
 from ldm.stages.stage import Job
-from ldm.training.loop import Silent
+from ldm.training.report import Silent
 
 TOLERANCE = 2e-3
 FIRST_STAGE = (3, 0.46793)

@@ -23,7 +23,7 @@ from ldm.stages import STAGES
 from ldm.stages.stage import Job
 from ldm.stored_models import stored_diffusion
 from ldm.training.diffusion import DiffusionTrainee
-from ldm.training.loop import Silent
+from ldm.training.report import Silent
 
 USES = {"training": "train-ldm", "decoding": "evaluate"}
 RECORDED = {"mean": 2.0, "std": 2.0, "scale": 2.0}

@@ -59,7 +59,7 @@ def job_in(target: Store, chain: Chain, recipe: Recipe) -> Job:
     """The encoding of many shards in a store."""
     from ldm.stages import STAGES
     from ldm.stages.stage import Job
-    from ldm.training.loop import Silent
+    from ldm.training.report import Silent
 
     stage = STAGES["encode-latents"]
     carry(chain.store, target, pack(chain.store, chain.first_stage, along=lambda child, role: False))

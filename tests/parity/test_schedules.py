@@ -19,7 +19,7 @@ from ldm.diffusion.schedule import (
 )
 from ldm.diffusion.times import ddim_timesteps, published_timesteps, quad_timesteps
 from ldm.models.unet import timestep_embedding
-from ldm.training.loop import learning_rate
+from ldm.training.learning_rate import learning_rate
 from ldm.training_config import Training
 
 pytestmark = pytest.mark.parity

@@ -26,7 +26,7 @@ from ldm.model import load_first_stage
 from ldm.stages import STAGES
 from ldm.stages.encode_latents import what
 from ldm.stages.stage import Job
-from ldm.training.loop import Silent
+from ldm.training.report import Silent
 
 STAGE = STAGES["encode-latents"]
 BOTH = "encoding.orientations=[as_is, mirrored]"

@@ -18,7 +18,7 @@ from ldm.model import load_first_stage
 from ldm.recipe import load_recipe
 from ldm.stages import STAGES
 from ldm.stages.stage import Job
-from ldm.training.loop import Silent
+from ldm.training.report import Silent
 
 STAGE = STAGES["evaluate-first-stage"]
 

@@ -25,7 +25,8 @@ from ldm.training.health import (
     watch_latents,
     watch_weight,
 )
-from ldm.training.loop import NUM_SILENT_LOGS, History, Silent, check_gradients, train
+from ldm.training.loop import NUM_SILENT_LOGS, History, check_gradients, train
+from ldm.training.report import Silent
 from ldm.training.verdicts import Facts, judge, recent
 
 Cats = Callable[[str], SampleReader]

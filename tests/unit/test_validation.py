@@ -23,7 +23,8 @@ from ldm.range import from_uint8
 from ldm.stages import STAGES
 from ldm.stages.stage import Job
 from ldm.training.first_stage import FirstStageTrainee
-from ldm.training.loop import History, Silent, images_seen, train
+from ldm.training.loop import History, images_seen, train
+from ldm.training.report import Silent
 from ldm.training.validation import (
     EXACT_DB,
     LPIPS_DISTANCE,
