@@ -88,6 +88,7 @@ def print_status(store: str) -> None:
             state_of(status),
         )
     show(table, empty=f"nothing was started in {opened.uri} yet; `ldm reproduce demo` is a beginning")
+    print_waiting(opened)
 
 
 def narrow(*columns: str, wrapping: str, title: str) -> Table:

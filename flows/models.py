@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,9 +29,14 @@ AFTER_TRAINING = {"evaluation", "sampling"}
 """Sections of a recipe that say nothing about how a model was made."""
 
 
+def journals_of(store: Store) -> Path:
+    """Where runs leave what they have to say until MLflow has it."""
+    return store.local_root / "tracking"
+
+
 def open_tracker(store: Store) -> Tracker:
     """The tracker beside a store, or the one that MLFLOW_TRACKING_URI names."""
-    return Tracker(tracking_uri(store.local_root))
+    return Tracker(tracking_uri(store.local_root), journals_of(store))
 
 
 def find_model(store: Store, spec: str) -> Manifest:
