@@ -65,7 +65,7 @@ def run_flow(name: str, recipe: str, overrides: list[str] | None, store: str, **
     from flows.guardian import guard_this_run
     from flows.registry import FLOWS
     from flows.summary import print_summary
-    from flows.waiting import deliver_waiting
+    from flows.tracking import deliver_waiting
 
     guard_this_run()
     tell_errors_once()

@@ -13,6 +13,7 @@ from datasets.errors import ConfigError
 from datasets.store import Store
 from flows.attempts import is_alive
 from flows.progress import status_folder
+from flows.tracking import print_waiting
 from ldm.recipe import RECIPES, load_recipe, recipe_names
 
 KEY_DIGITS = 8

@@ -19,12 +19,12 @@ from datasets.store import Store
 from flows.attempts import announce, attempt_here
 from flows.console import show_own_logs
 from flows.invocation import Invocation
-from flows.models import open_tracker
 from flows.pages import publish
 from flows.preflight import planned_list
 from flows.progress import StageReport
 from flows.request import DOWNLOAD_SHARDS, NotBuiltError, Request
 from flows.staleness import flat
+from flows.tracking import open_tracker
 from ldm.config import Recipe
 from ldm.stages import STAGES
 from ldm.stages.stage import Job, environment

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datasets.store import Store
-from flows.models import open_tracker
+from flows.tracking import open_tracker
 from ldm.errors import CheckpointError
 from ldm.stored_models import IMPORT_MODEL, store_folder
 from ldm.tracking.tracked_run import NOT_IN_A_NAME

@@ -16,9 +16,10 @@ from PIL import Image
 from datasets.store import Store
 from flows import progress
 from flows.listing import state_of
-from flows.models import ancestry, find_model, open_tracker
+from flows.models import ancestry, find_model
 from flows.produce import complete_run, produce, tracked
 from flows.request import NotBuiltError, Request
+from flows.tracking import open_tracker
 from ldm.errors import RecipeError
 from ldm.tracking import TrackedRun
 

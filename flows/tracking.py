@@ -1,13 +1,24 @@
-"""What runs had to say and MLflow has yet to take: sent once more when a command ends, and said."""
+"""The tracker beside a store, and what runs had to say that MLflow has yet to take."""
+
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
 from datasets.store import Store
-from flows.models import journals_of, open_tracker
-from ldm.tracking import waiting
+from ldm.tracking import Tracker, tracking_uri, waiting
 
 DELIVER_S = 5.0
+
+
+def journals_of(store: Store) -> Path:
+    """Where runs leave what they have to say until MLflow has it."""
+    return store.local_root / "tracking"
+
+
+def open_tracker(store: Store) -> Tracker:
+    """The tracker beside a store, or the one that MLFLOW_TRACKING_URI names."""
+    return Tracker(tracking_uri(store.local_root), journals_of(store))
 
 
 def deliver_waiting(store: Store) -> None:
