@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -79,6 +80,7 @@ class Writer:
         self._files = journal.files
         self._handle = _opened_to_append(journal.path)
         self._torn = _ends_torn(journal.path)
+        self._open = threading.Lock()
 
     def append(self, entry: Entry) -> None:
         """Adds an entry. Raises OSError."""
@@ -102,8 +104,9 @@ class Writer:
         os.fsync(self._handle)
 
     def close(self) -> None:
-        """Gives the journal up."""
-        os.close(self._handle)
+        """Gives the journal up; a second call does nothing."""
+        if self._open.acquire(blocking=False):
+            os.close(self._handle)
 
 
 class Journal:
@@ -225,10 +228,9 @@ class Room:
         found = [Journal(path.parent) for path in self.folder.glob("*/journal.jsonl")]
         return sorted(found, key=lambda journal: journal.begun_ms)
 
-    def waiting(self, *, also: Journal | None = None) -> Waiting | None:
-        """Returns what nobody writes and nobody took, and `also`; None if there is no such thing."""
-        name = None if also is None else also.name
-        left = [journal for journal in self.journals() if journal.name == name or not journal.is_written]
+    def waiting(self) -> Waiting | None:
+        """Returns what was not delivered though nobody writes it any more; None if there is no such thing."""
+        left = [journal for journal in self.journals() if not journal.is_written]
         entries = [list(journal.undelivered()) for journal in left]
         points = sum(len(e["values"]) for one in entries for e in one if e["do"] == "points")
         others = sum(e["do"] != "points" for one in entries for e in one)

@@ -57,7 +57,9 @@ class Outbox:
 
     def close(self, timeout_s: float) -> None:
         """Waits at most `timeout_s` seconds until the service has all; a warning says what is left then."""
-        if not self._sender.close(timeout_s) and (left := self._room.waiting(also=self._journal)):
+        is_delivered = self._sender.close(timeout_s)
+        self._writer.close()  # also during a call: what it does not bring home is left behind
+        if not is_delivered and (left := self._room.waiting()):
             logger.warning("%s", left)
 
     def _carefully(self, write: Callable[[], None]) -> None:
