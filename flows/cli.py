@@ -65,11 +65,13 @@ def run_flow(name: str, recipe: str, overrides: list[str] | None, store: str, **
     from flows.guardian import guard_this_run
     from flows.registry import FLOWS
     from flows.summary import print_summary
+    from flows.tracking import deliver_waiting
 
     guard_this_run()
     tell_errors_once()
     outcome = FLOWS[name](recipe, overrides, store, **more)
     print_summary(request, outcome if isinstance(outcome, list) else [outcome])
+    deliver_waiting(request.store)
 
 
 @commands.command(name="download-shards")

@@ -7,7 +7,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from datasets.manifest import Manifest
 from datasets.store import Store
 from datasets.transfer import carry, pack
-from flows.models import KEY_DIGITS, TRAIN_LDM, open_tracker
+from flows.models import KEY_DIGITS, TRAIN_LDM
+from flows.tracking import open_tracker
 from ldm.errors import LdmError, ModelNotFoundError
 
 NEEDED = {(TRAIN_LDM, "first_stage")}

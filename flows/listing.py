@@ -13,6 +13,7 @@ from datasets.errors import ConfigError
 from datasets.store import Store
 from flows.attempts import is_alive
 from flows.progress import status_folder
+from flows.tracking import print_waiting
 from ldm.recipe import RECIPES, load_recipe, recipe_names
 
 KEY_DIGITS = 8
@@ -88,6 +89,7 @@ def print_status(store: str) -> None:
             state_of(status),
         )
     show(table, empty=f"nothing was started in {opened.uri} yet; `ldm reproduce demo` is a beginning")
+    print_waiting(opened)
 
 
 def narrow(*columns: str, wrapping: str, title: str) -> Table:

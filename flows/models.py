@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from datasets.manifest import Manifest
 from datasets.store import Store
 from flows.invocation import Invocation
+from flows.tracking import open_tracker
 from ldm.config import Recipe
 from ldm.errors import ModelNotFoundError, RecipeError
 from ldm.recipe import load_recipe, merge, parse_override, parse_recipe
 from ldm.stored_models import IMPORT_MODEL
-from ldm.tracking import Tracker, tracking_uri
 
 TRAIN_FIRST_STAGE = "train-first-stage"
 TRAIN_LDM = "train-ldm"
@@ -26,11 +26,6 @@ MAKES = {
 KEY_DIGITS = re.compile(r"[0-9a-f]{6,64}")
 AFTER_TRAINING = {"evaluation", "sampling"}
 """Sections of a recipe that say nothing about how a model was made."""
-
-
-def open_tracker(store: Store) -> Tracker:
-    """The tracker beside a store, or the one that MLFLOW_TRACKING_URI names."""
-    return Tracker(tracking_uri(store.local_root))
 
 
 def find_model(store: Store, spec: str) -> Manifest:

@@ -19,22 +19,22 @@ from datasets.store import Store
 from flows.attempts import announce, attempt_here
 from flows.console import show_own_logs
 from flows.invocation import Invocation
-from flows.models import open_tracker
 from flows.pages import publish
 from flows.preflight import planned_list
 from flows.progress import StageReport
 from flows.request import DOWNLOAD_SHARDS, NotBuiltError, Request
 from flows.staleness import flat
+from flows.tracking import open_tracker
 from ldm.config import Recipe
 from ldm.stages import STAGES
 from ldm.stages.stage import Job, environment
-from ldm.tracked_run import TrackedRun
+from ldm.tracking import TrackedRun
 
 logger = logging.getLogger(__name__)
 PARENT_RUN: ContextVar[str | None] = ContextVar("PARENT_RUN", default=None)
 """MLflow run under which the stages of `reproduce` are shown."""
 RUN_FILE = "mlflow.json"
-"""Names the MLflow run of an unfinished attempt, in its work area."""
+"""Names the tracked run of an unfinished attempt, in its work area."""
 REGISTERED = {"train-first-stage": "first-stage-{recipe.first_stage.name}", "train-ldm": "ldm-{recipe.name}"}
 
 
@@ -195,8 +195,7 @@ def tracked(
 def complete_run(request: Request, manifest: Manifest) -> None:
     """Finish the MLflow run of an artifact whose maker was killed between storing it and telling of it."""
     run_id, tracker = manifest.provenance.get("mlflow_run"), open_tracker(request.store)
-    unfinished = {row["id"] for row in tracker.runs(manifest.stage) if row["status"] == "RUNNING"}
-    if run_id in unfinished:
+    if run_id is not None and tracker.is_unfinished(manifest.stage, run_id):
         name = f"{request.recipe.name}-{manifest.key[:8]}"
         with tracker.start(manifest.stage, name=name, params={}, tags={}, run_id=run_id) as run:
             describe(request, run, manifest)

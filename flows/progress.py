@@ -24,7 +24,7 @@ from rich.progress import (
 
 from datasets.store import Store
 from flows.console import OWN, log_handlers, show_own_logs
-from ldm.tracked_run import TrackedRun
+from ldm.tracking import TrackedRun
 
 logger = logging.getLogger(__name__)
 STATUS_EVERY_S = 2.0
@@ -166,8 +166,8 @@ class StageReport:
         self.cpu_elsewhere_s += cpu_s
 
     def flush(self) -> None:
-        """Wait until MLflow has what was reported."""
-        self.run.flush()
+        """Wait until what was reported is safe on disk, from where it reaches MLflow sooner or later."""
+        self.run.sync()
 
     def rate(self) -> float:
         """Images per second of this attempt."""

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from datasets.store import Store
-from flows.models import open_tracker
+from flows.tracking import open_tracker
 from ldm.errors import CheckpointError
 from ldm.stored_models import IMPORT_MODEL, store_folder
-from ldm.tracked_run import NOT_IN_A_NAME
+from ldm.tracking.tracked_run import NOT_IN_A_NAME
 
 TRAINED = ("ldm-", "first-stage-")
 """How the names of models begin that are trained in a store."""
@@ -47,5 +47,7 @@ def register_folder(store: str, folder: Path, name: str) -> str:
         version = run.register(
             name, uri=uri, digest=manifest.digest, tags={"key": manifest.key}, alias="candidate"
         )
-    called = f"as {name}, version {version['version']}" if version else "without a name, MLflow failed"
+    called = (
+        f"as {name}, version {version['version']}" if version else "by its key alone until MLflow answers"
+    )
     return f"registered {called}: key {manifest.short} in {opened.uri}"

@@ -18,11 +18,12 @@ from datasets.manifest import Manifest
 from datasets.store import Store
 from flows.attempts import Attempt, attempts, is_alive
 from flows.invocation import Invocation
-from flows.models import TRAIN_FIRST_STAGE, TRAIN_LDM, asked_for, open_tracker, stored_recipe
+from flows.models import TRAIN_FIRST_STAGE, TRAIN_LDM, asked_for, stored_recipe
 from flows.preflight import planned_list
 from flows.progress import status_folder
 from flows.reach import Reach
 from flows.staleness import code_versions, what_of, why_stale
+from flows.tracking import open_tracker
 from ldm.config import Recipe
 from ldm.errors import LdmError
 from ldm.recipe import RECIPES, is_path, load_recipe, recipe_names

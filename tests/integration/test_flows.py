@@ -16,11 +16,12 @@ from PIL import Image
 from datasets.store import Store
 from flows import progress
 from flows.listing import state_of
-from flows.models import ancestry, find_model, open_tracker
+from flows.models import ancestry, find_model
 from flows.produce import complete_run, produce, tracked
 from flows.request import NotBuiltError, Request
+from flows.tracking import open_tracker
 from ldm.errors import RecipeError
-from ldm.tracked_run import TrackedRun
+from ldm.tracking import TrackedRun
 
 pytestmark = [pytest.mark.xdist_group("tiny chain"), pytest.mark.timeout(300)]
 CHAIN = ("download-shards", "train-first-stage", "encode-latents", "train-ldm", "evaluate")
@@ -167,7 +168,9 @@ def test_a_run_cut_off_after_its_artifact_was_stored_is_completed(again: Callabl
     request = again()
     manifest, tracker = request.find("train-ldm"), open_tracker(request.store)
     assert manifest is not None
-    tracker.start("train-ldm", name="x", params={}, tags={}, run_id=manifest.provenance["mlflow_run"])
+    run_id = manifest.provenance["mlflow_run"]
+    cut_off = tracker.start("train-ldm", name="x", params={}, tags={}, run_id=run_id)
+    assert cut_off.flush(10)
     assert tracker.runs("train-ldm")[0]["status"] == "RUNNING"
     complete_run(request, manifest)
     assert [row["status"] for row in tracker.runs("train-ldm")] == ["FINISHED"]

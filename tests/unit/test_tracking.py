@@ -1,5 +1,4 @@
 import json
-import logging
 import signal
 import sqlite3
 import subprocess
@@ -11,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm import outbox, pictures
-from ldm.tracking import TrackedRun, Tracker, tracking_uri
+from ldm import pictures
+from ldm.tracking import TrackedRun, Tracker, tracking_uri, waiting
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
@@ -25,13 +24,13 @@ import os, signal, sys
 from pathlib import Path
 from ldm.tracking import Tracker
 
-tracker = Tracker(f"sqlite:///{sys.argv[1]}/mlflow.db")
+tracker = Tracker(f"sqlite:///{sys.argv[1]}/mlflow.db", Path(sys.argv[1], "tracking"))
 run = tracker.start("train-ldm", name="demo", params={"seed": 1}, tags={}, system_metrics=False)
 for images_seen in range(0, 100, 10):
     run.metrics(images_seen, {"loss": 1.0 / (1 + images_seen)})
 run.picture("samples", 0, Path(sys.argv[1], "picture.png").read_bytes())
 assert run.flush(30)
-run.metrics(100, {"loss": 0.5})
+run.metrics(100, {"loss": 1.0 / 101})
 print(run.id, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -46,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tracker(root: Path) -> Iterator[Tracker]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        yield Tracker(tracking_uri(root), artifact_root=root / "mlflow-artifacts")
+        yield Tracker(tracking_uri(root), root / "tracking", artifact_root=root / "mlflow-artifacts")
 
 
 def started(tracker: Tracker, *, run_id: str | None = None, stage: str = "train-ldm") -> TrackedRun:
@@ -168,7 +167,7 @@ def test_a_resumed_run_records_nothing_twice(root: Path, tracker: Tracker) -> No
     assert tags["non_finite.loss"] == "nan at 20, -inf at 60"
 
 
-def test_a_killed_run_is_reopened_where_it_was_flushed(root: Path, tracker: Tracker) -> None:
+def test_a_killed_run_is_reopened_and_keeps_all_that_it_reported(root: Path, tracker: Tracker) -> None:
     started(tracker).finish()
     (root / "picture.png").write_bytes(PNG)
     command = [sys.executable, "-c", DIES_IN_THE_MIDDLE, str(root)]
@@ -179,7 +178,7 @@ def test_a_killed_run_is_reopened_where_it_was_flushed(root: Path, tracker: Trac
     (row,) = [row for row in tracker.runs("train-ldm") if row["id"] == run_id]
     assert row["status"] == "RUNNING"
     with started(tracker, run_id=run_id) as run:
-        for images_seen in range(50, 150, 10):
+        for images_seen in (50, *range(110, 150, 10)):
             run.metrics(images_seen, {"loss": 1.0 / (1 + images_seen)})
         run.picture("samples", 0, PNG)
     assert history(root, run_id) == [(step, 1.0 / (1 + step)) for step in range(0, 150, 10)]
@@ -191,7 +190,7 @@ def test_a_killed_run_is_reopened_where_it_was_flushed(root: Path, tracker: Trac
 def test_a_half_made_database_is_made_anew(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db.unfinished").write_bytes(b"SQLite format 3, cut short")
     (tmp_path / "mlflow.db.unfinished-journal").write_bytes(b"cut short")
-    with started(Tracker(f"sqlite:///{tmp_path}/mlflow.db")) as run:
+    with started(Tracker(f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "tracking")) as run:
         run.metrics(1, {"loss": 1.0})
     assert history(tmp_path, run.id) == [(1, 1.0)]
     assert not list(tmp_path.glob("*unfinished*"))
@@ -239,22 +238,29 @@ def test_an_unknown_model_is_none(tracker: Tracker, spec: str) -> None:
 
 
 def test_an_unreachable_server_costs_a_warning_and_little_time(
-    tracker: Tracker, caplog: pytest.LogCaptureFixture
+    tracker: Tracker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker.runs("train-ldm")  # imports MLflow, which is not what is measured here
-    tracker = Tracker("http://127.0.0.1:9")
+    tracker = Tracker("http://127.0.0.1:9", tmp_path)
     begun = time.monotonic()
     with started(tracker) as run:
+        name = run.id
         run.metrics(1, {"loss": 1.0})
         run.picture("samples", 1, PNG)
         assert not run.flush()
         assert run.register("ldm-cats", uri="u", digest="d", tags={}, alias="candidate") is None
     assert time.monotonic() - begun < 5
-    assert run.id is None
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "goes on untracked" in caplog.text
+    away, registered, left = [record.message for record in caplog.records]
+    assert "did not take begin demo; work goes on" in away
+    assert "has not registered ldm-cats; that is tried again" in registered
+    assert "wait for MLflow at http://127.0.0.1:9; they are sent when the next run there begins" in left
     assert tracker.resolve_model("ldm-cats") is None
     assert tracker.runs("train-ldm") == []
+    assert tracker.deliver(1) is not None
+    (still,) = waiting(tmp_path)
+    assert (still.address, still.num_runs, still.num_points) == ("http://127.0.0.1:9", 1, 1)
+    assert name is not None
+    assert tracker.knows(name)
 
 
 def test_points_reported_while_the_database_is_locked_arrive_later(root: Path, tracker: Tracker) -> None:
@@ -293,7 +299,9 @@ def test_nothing_is_written_into_the_working_folder(
     root: Path, tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Tracker("sqlite:///store/mlflow.db").uri == f"sqlite:///{tmp_path}/store/mlflow.db"
+    assert (
+        Tracker("sqlite:///store/mlflow.db", Path("journals")).uri == f"sqlite:///{tmp_path}/store/mlflow.db"
+    )
     with started(tracker, stage="evaluate") as run:
         run.text("a.txt", "a")
         run.picture("samples", 0, PNG)
@@ -301,46 +309,74 @@ def test_nothing_is_written_into_the_working_folder(
     assert "a.txt" in files_of(root, run.id)
 
 
-class Receiver:
-    """Takes deliveries except while `away`."""
-
-    def __init__(self) -> None:
-        self.away = False
-        self.taken: list[object] = []
-
-    def take(self, thing: object) -> None:
-        if self.away:
-            raise ConnectionError("away")
-        self.taken.append(thing)
-
-    def is_hopeless(self, error: Exception) -> bool:
-        return isinstance(error, ValueError)
+def test_a_call_that_is_refused_is_dropped_and_holds_up_no_other(
+    tracker: Tracker, caplog: pytest.LogCaptureFixture
+) -> None:
+    with started(tracker) as run:
+        run.tag("", "a tag needs a name")
+        run.tag("note", "here")
+    assert row_of(tracker, run)["tags"]["note"] == "here"
+    assert "refused tag, which is dropped" in caplog.text
 
 
-def test_what_waits_while_the_service_is_away_is_delivered_once(caplog: pytest.LogCaptureFixture) -> None:
-    receiver = Receiver()
-    box = outbox.Outbox(receiver.take, receiver.is_hopeless, service="it", interval_s=60)
-    receiver.away = True
-    box.add_points([outbox.Point("loss", 1.0, 1, 0)])
-    box.add_job("a tag", lambda: receiver.take("tag"))
-    assert not box.flush(10)
-    assert not box.flush(10)
-    receiver.away = False
-    assert box.flush(10)
-    box.close(10)
-    assert receiver.taken == [[outbox.Point("loss", 1.0, 1, 0)], "tag"]
-    assert caplog.text.count("it did not take") == 1
+def test_a_file_without_room_waits_and_holds_up_no_other(
+    root: Path, tracker: Tracker, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = started(tracker, stage="blocked")
+    blocker = root / "mlflow-artifacts" / "blocked"
+    blocker.parent.mkdir(exist_ok=True)
+    blocker.write_text("in the way of the folder of that name")
+    run.text("a.txt", "a")
+    run.tag("note", "here")
+    run.metrics(1, {"loss": 1.0})
+    assert not run.flush(10)
+    assert history(root, run.id) == [(1, 1.0)]
+    assert "it is tried again" in caplog.text
+    blocker.unlink()
+    assert run.flush(10)
+    run.finish()
+    assert files_of(root, run.id) == ["a.txt"]
 
 
-def test_a_hopeless_call_is_dropped_and_holds_up_no_other(caplog: pytest.LogCaptureFixture) -> None:
-    def refuse() -> None:
-        raise ValueError("no such name")
+def test_a_line_cut_short_by_a_kill_is_passed_over(root: Path, tracker: Tracker) -> None:
+    run = started(tracker)
+    assert run.flush(10)
+    (journal,) = root.glob("tracking/*/*/journal.jsonl")
+    with journal.open("ab") as file:
+        file.write(b'{"do":"points","step":1,"val')
+    with started(tracker, run_id=run.id) as second:
+        second.metrics(2, {"loss": 2.0})
+    run.finish()
+    assert second.id == run.id
+    assert history(root, run.id) == [(2, 2.0)]
 
-    receiver = Receiver()
-    box = outbox.Outbox(receiver.take, receiver.is_hopeless, service="it", interval_s=60)
-    box.add_job("a bad name", refuse)
-    box.add_job("a tag", lambda: receiver.take("tag"))
-    assert box.flush(10)
-    box.close(10)
-    assert receiver.taken == ["tag"]
-    assert "it refused a bad name" in caplog.text
+
+def test_nothing_stays_of_a_journal_that_was_delivered(tracker: Tracker, root: Path) -> None:
+    with started(tracker) as run:
+        run.picture("samples", 1, PNG)
+    assert [path for path in root.glob("tracking/*/*") if path.is_dir()] == []
+    assert waiting(root / "tracking") == []
+
+
+def test_an_end_told_to_nobody_is_told_by_the_next_run(root: Path, tracker: Tracker, tmp_path: Path) -> None:
+    away = Tracker(tracker.uri, tmp_path, artifact_root=root / "mlflow-artifacts")
+    blocker = sqlite3.connect(root / "mlflow.db")
+    blocker.execute("begin exclusive")
+    run = started(away)
+    run.metrics(1, {"loss": 1.0})
+    name = run.id
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.tracking.tracked_run.CLOSE_TIMEOUT_S", 0.1)
+        run.finish()
+    blocker.rollback()
+    blocker.close()
+    with started(away) as later:
+        later.metrics(2, {"loss": 2.0})
+        assert later.flush(30)
+    for _ in range(100):
+        if not waiting(tmp_path):
+            break
+        time.sleep(0.1)
+    (row,) = [row for row in tracker.runs("train-ldm") if row["tags"].get("journal") == name]
+    assert row["status"] == "FINISHED"
+    assert history(root, row["id"]) == [(1, 1.0)]
