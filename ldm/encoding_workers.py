@@ -35,7 +35,9 @@ def encode_in_workers(job: Job, encoded: Encoded) -> list[int]:
     workers: dict[Connection, Any] = {}
     for number in range(job.recipe.encoding.workers):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(alone, sender), name=f"encoder-{number}", daemon=True)
+        process = context.Process(
+            target=work, args=(alone, sender, number), name=f"encoder-{number}", daemon=True
+        )
         process.start()
         sender.close()
         workers[receiver] = process
@@ -69,11 +71,11 @@ def listen(workers: dict[Connection, Any], encoded: Encoded) -> list[int]:
     return cut_off
 
 
-def work(job: Job, sender: Connection) -> None:
+def work(job: Job, sender: Connection, number: int) -> None:
     """What a worker does; it ends when nobody listens any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; who started this one decides
     try:
-        encode_parts(job, sender.send)
+        encode_parts(job, sender.send, worker=number)
     except BrokenPipeError:
         return
     except Exception as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from datasets.stream import SampleReader
 from ldm.conditions import Condition, reads_captions
 from ldm.config import Recipe
+from ldm.device import home
 from ldm.latent_diffusion import LatentDiffusion, class_condition
 from ldm.latents import LatentContract
 from ldm.models.first_stage import FirstStage, decode_in_micro_batches
@@ -62,9 +63,9 @@ def asked_condition(
 
 def reconstruct(first_stage: FirstStage, images: np.ndarray, *, micro_batch: int) -> np.ndarray:
     """Pictures through the first stage and back, KL by its mean, in padded passes of a fixed size."""
-    parts = []
+    parts, device = [], home(first_stage)
     for start in range(0, len(images), micro_batch):
-        x = from_uint8(images[start : start + micro_batch])
+        x = from_uint8(images[start : start + micro_batch], device=device)
         padded = torch.cat([x, x.new_zeros(micro_batch - len(x), *x.shape[1:])])
         with torch.no_grad():
             stored = first_stage.encode(padded.contiguous(memory_format=torch.channels_last))

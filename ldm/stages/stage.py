@@ -12,6 +12,7 @@ from datasets.keys import artifact_key
 from datasets.manifest import Content, FileRecord, Manifest, Parent
 from datasets.store import Store, WorkArea
 from ldm.config import Recipe
+from ldm.device import facts, resolve
 from ldm.training.loop import Report
 
 
@@ -97,9 +98,14 @@ class Stage:
 
 
 def environment(recipe: Recipe) -> dict[str, Any]:
-    """What equal bits depend on besides the recipe: torch build, threads, instruction set."""
+    """What equal bits depend on besides the recipe: torch build, class of device, threads, instruction set.
+
+    Equality is claimed for one class of device, the same torch build and the same number of threads; a GPU
+    and a CPU agree up to rounding.
+    """
     return {
         "torch": torch.__version__,
+        **facts(resolve(recipe.device)),
         "threads": recipe.threads,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
