@@ -41,6 +41,10 @@ Build = Annotated[
         name="--build", negative="--no-build", help="Build missing inputs, or refuse to run without them."
     ),
 ]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    Parameter(help="Where networks compute; by default on a GPU where there is one."),
+]
 DEFAULT_STORE = "./artifacts"
 
 
@@ -178,6 +182,7 @@ def sample(
     given: Given = GIVEN,
     settings: Settings = SETTINGS,
     weights: Weights = None,
+    device: Device = "auto",
     store: StoreUri = DEFAULT_STORE,
 ) -> None:
     """Draw pictures from a trained or imported model.
@@ -187,7 +192,9 @@ def sample(
     """
     from flows.sample import sample_to_files
 
-    sample_to_files(store, model, output, asked=asked, given=given, settings=settings, weights=weights)
+    sample_to_files(
+        store, model, output, asked=asked, given=given, settings=settings, weights=weights, device=device
+    )
 
 
 @commands.command
@@ -215,6 +222,7 @@ def reconstruct(
         float | None,
         Parameter(help="GiB that encoding and decoding may take beside the weights; they then go in bands."),
     ] = None,
+    device: Device = "auto",
     store: StoreUri = DEFAULT_STORE,
 ) -> None:
     """Send pictures through a first stage and back: PSNR, SSIM and LPIPS of each, and a sheet to look at.
@@ -224,7 +232,9 @@ def reconstruct(
     """
     from flows.reconstruct import reconstruct_to_file
 
-    reconstruct_to_file(store, model, images, output, size_px=size, crop=crop, memory_gib=memory)
+    reconstruct_to_file(
+        store, model, images, output, size_px=size, crop=crop, memory_gib=memory, device=device
+    )
 
 
 @commands.command(name="import")

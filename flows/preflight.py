@@ -11,6 +11,7 @@ from datasets.store import Store
 from datasets.url_list import ListPlan, UrlList, plan_list
 from ldm.conditions import fields_of, reads_captions
 from ldm.config import Recipe
+from ldm.device import resolve
 from ldm.errors import RecipeError
 from ldm.evaluation.sets import MIN_SCORED
 from ldm.network_config import CaptionConditioning
@@ -108,12 +109,14 @@ def check_pictures(recipe: Recipe, pictures: UrlList) -> None:
         )
 
 
-def check_weights(recipe: Recipe) -> None:
-    """Refuse to start without the packages whose weights a recipe uses.
+def check_machine(recipe: Recipe) -> None:
+    """Refuse to start without the device, or the packages whose weights a recipe uses.
 
     Raises:
+        RecipeError: the device is not there.
         WeightsError: such a package is missing.
     """
+    resolve(recipe.device)
     if recipe.first_stage.training is not None and recipe.first_stage.loss.perceptual_weight > 0:
         locate(VGG16_LPIPS)
     locate(FID_INCEPTION)

@@ -14,7 +14,8 @@ from datasets.errors import MissingDataError
 from datasets.folder import find_pictures
 from datasets.samples import decode_png
 from flows.export import find_exportable
-from ldm.config import require_divisible
+from ldm.config import Device, require_divisible
+from ldm.device import full_float32, resolve
 from ldm.errors import ContractError
 from ldm.evaluation.roundtrip import RoundTrip, fitting, round_trip, sheet
 from ldm.model_folder import autoencoder_of
@@ -24,6 +25,7 @@ from ldm.pictures import png
 COLUMNS = {"PSNR, dB": "psnr_db", "SSIM": "ssim", "LPIPS": "lpips"}
 
 
+@full_float32()
 def reconstruct_to_file(
     store: str,
     model: str,
@@ -33,6 +35,7 @@ def reconstruct_to_file(
     size_px: int | None,
     crop: bool,
     memory_gib: float | None,
+    device: Device = "auto",
 ) -> None:
     """Print a table of scores, a row per picture and the means, and write a sheet of pictures.
 
@@ -42,6 +45,7 @@ def reconstruct_to_file(
         MissingDataError: a place that does not exist, or no picture that can be used.
         ModelNotFoundError: there is no such model.
         CheckpointError: a model folder is damaged.
+        RecipeError: a device that is not there.
     """
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise ContractError(
@@ -49,12 +53,13 @@ def reconstruct_to_file(
         )
     if size_px is not None and crop:
         raise ContractError(f"--size {size_px} cuts a square already, and --crop was given; leave one out")
+    where = resolve(device)
     files = find_pictures(places)
-    autoencoder = autoencoder_of(find_exportable(store, model))
+    autoencoder = autoencoder_of(find_exportable(store, model)).to(where)
     factor = autoencoder.config.factor
     if size_px is not None:
         require_divisible("--size", size_px, factor, "f of this first stage", error=ContractError)
-    lpips = build_lpips()
+    lpips = build_lpips().to(where)
     trips: dict[Path, RoundTrip] = {}
     refused: dict[Path, Outcome] = {}
     for file in track(files, f"reconstructing {len(files)} pictures", transient=True):

@@ -7,7 +7,7 @@ from datasets.manifest import Manifest
 from datasets.store import Store
 from flows.invocation import Invocation
 from flows.models import ancestry, asked_for, find_model_of, recipe_of
-from flows.preflight import check_data, check_weights, find_shards
+from flows.preflight import check_data, check_machine, find_shards
 from ldm.config import Recipe
 from ldm.errors import LdmError
 from ldm.recipe import load_recipe
@@ -60,11 +60,11 @@ class Request:
         if model is None:
             resolved = load_recipe(recipe, overrides)
             check_data(resolved)
-            check_weights(resolved)
+            check_machine(resolved)
             return cls(resolved, opened, build, asked=Invocation.of(recipe, overrides))
         manifest = find_model_of(opened, recipe, model)
         resolved = recipe_of(manifest, overrides)
-        check_weights(resolved)
+        check_machine(resolved)
         made = asked_for(manifest)
         asked = made and Invocation.of(made.recipe, [*made.set, *overrides])
         return cls(resolved, opened, build=False, found=ancestry(opened, manifest), asked=asked)

@@ -18,8 +18,8 @@ from datasets.store import Store
 from flows.asked import Asked, Given, Settings
 from flows.models import TRAIN_LDM, find_registered, recipe_of
 from flows.sample_inputs import Inputs, inputs_of
-from ldm.config import Sampling
-from ldm.device import device_of
+from ldm.config import Device, Sampling
+from ldm.device import full_float32, resolve
 from ldm.errors import CheckpointError, ContractError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.model_config import Weights
@@ -88,6 +88,7 @@ def sample_to_files(
     given: Given,
     settings: Settings,
     weights: Weights | None,
+    device: Device = "auto",
 ) -> None:
     """Write a grid with a row per condition, or a folder with a file per picture.
 
@@ -95,11 +96,12 @@ def sample_to_files(
         ModelNotFoundError: there is no such model.
         CheckpointError: see `open_model`.
         ContractError: what is asked for does not fit the model, or an output that cannot be written.
-        RecipeError: a setting out of its range.
+        RecipeError: a setting out of its range, or a device that is not there.
     """
     check_output(output)
+    where = resolve(device)
     source = open_model(store, spec, settings.changes(), weights)
-    source.model.to(device_of("auto"))
+    source.model.to(where)
     inputs = inputs_of(source.model, asked, given)
     pictures = drawn(source, inputs, asked.num)
     text = dict(source.text) | {
@@ -137,6 +139,7 @@ def check_output(output: Path) -> None:
         raise ContractError(f"nothing is overwritten, and {output} exists; name another folder with --output")
 
 
+@full_float32()
 def drawn(source: Source, inputs: Inputs, num: int) -> np.ndarray:
     """`num` pictures for each row of the inputs, (N, H, W, 3) uint8."""
     count = num * max(1, len(inputs.names))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from datasets.conditions.text import caption_tokens
+from ldm.device import home
 from ldm.errors import ContractError
 from ldm.model import Autoencoder, check_finite
 from ldm.model_config import AnyConditioning
@@ -155,8 +156,7 @@ def encode_condition(
             made = Condition(context=encoder(labels)) if labelled else Condition(label=labels)
         case CaptionConditioning() | LayoutConditioning(), TokenEncoder():
             tokens = tokens_of(given[wanted[0]], wanted[0], config)
-            weight = next(encoder.parameters(), tokens)  # the pretrained encoder has no parameters
-            made = Condition(context=encoder(tokens.to(weight.device)))
+            made = Condition(context=encoder(tokens.to(home(encoder, tokens.device))))
         case EmbeddingsConditioning(), _:
             shape = ("B", "L", config.context_dim)
             made = Condition(context=checked(given["embeddings"], "embeddings", shape))

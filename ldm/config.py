@@ -8,7 +8,6 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from datasets.config import DatasetConfig
-from ldm.device import Device
 from ldm.first_stage_config import FirstStageRecipe
 from ldm.network_config import (
     ClassVectorConditioning,
@@ -22,6 +21,8 @@ from ldm.network_config import (
 from ldm.training_config import Training
 
 Orientation = Literal["as_is", "mirrored"]
+Device = Literal["auto", "cpu", "cuda"]
+"""Where tensors are computed; `auto` is a GPU where there is one, see `ldm.device`."""
 
 
 class Encoding(Config):
@@ -152,10 +153,11 @@ class Recipe(Config):
     training: Training
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
-    device: Device = "auto"
-    """Where networks compute; `auto` is a GPU where there is one. Bits are equal on devices of one kind."""
     threads: int = Field(default=2, ge=1)
     """Threads of every computation on a CPU; other counts give other last bits, so it is part of the key."""
+    device: Device = "auto"
+    """Where networks compute. It is where the work is done, so no part of the key, though last bits differ
+    between classes of devices: equality is claimed within one class."""
 
     @property
     def latent_size(self) -> int:

@@ -37,10 +37,10 @@ from datasets.samples import (
 )
 from datasets.shards import KEY, Sample, read_shard, write_shard
 from ldm.config import Encoding
-from ldm.device import device_of, home, placed
+from ldm.device import full_float32, home, resolve
 from ldm.errors import ContractError
 from ldm.latents import STORED, moments
-from ldm.model import load_first_stage
+from ldm.model import load_first_stage, moved
 from ldm.models.first_stage import FirstStage
 from ldm.range import from_uint8
 
@@ -125,21 +125,22 @@ def is_committed(job: Job) -> bool:
     return job.stage.find(job.store, job.recipe, job.inputs) is not None
 
 
+@full_float32()
 def encode_parts(job: Job, encoded: Encoded, *, worker: int = 0) -> None:
     """Encode and store every part that is not done, until all are, by whomever, or the result is committed.
 
     Args:
-        job: the work.
-        encoded: told how many pictures were encoded since the last time.
-        worker: which one of several this is; workers take the GPUs of a machine in turn.
+        job: what is encoded; on the recipe's device.
+        encoded: told how many samples more are done.
+        worker: number of this process among those of the run, which take the GPUs in turn.
 
     Raises:
         StoreError: a shard cannot be read or written.
         ContractError: a latent does not fit the type it is to be stored in.
     """
     torch.set_num_threads(job.recipe.threads)
-    first_stage = load_first_stage(job.store, job.inputs["first_stage"])
-    first_stage = placed(first_stage, device_of(job.recipe.device, rank=worker, is_shared=True))
+    device = resolve(job.recipe.device, worker=worker)
+    first_stage = moved(load_first_stage(job.store, job.inputs["first_stage"]), device)
     micro_batch = job.recipe.encoding.micro_batch
     making: dict[int, Part] = {}
     with (
@@ -244,13 +245,16 @@ def stack(entries: list[Entry]) -> np.ndarray:
 
 @torch.no_grad()
 def encode(first_stage: FirstStage, images: np.ndarray, *, micro_batch: int) -> Tensor:
-    """Stored latents (N, C', h, w) of pictures (N, H, W, 3) uint8, in padded passes of a fixed size."""
-    parts = []
+    """Stored latents (N, C', h, w) of pictures (N, H, W, 3) uint8, in padded passes of a fixed size.
+
+    They are computed where the first stage is, and come back on the CPU.
+    """
+    parts, device = [], home(first_stage)
     for start in range(0, len(images), micro_batch):
-        x = from_uint8(images[start : start + micro_batch])
+        x = from_uint8(images[start : start + micro_batch], device=device)
         padded = torch.cat([x, x.new_zeros(micro_batch - len(x), *x.shape[1:])])
-        padded = padded.to(home(first_stage)).contiguous(memory_format=torch.channels_last)
-        parts.append(first_stage.encode(padded)[: len(x)].cpu().contiguous())
+        padded = padded.contiguous(memory_format=torch.channels_last)
+        parts.append(first_stage.encode(padded)[: len(x)].contiguous().cpu())
     return torch.cat(parts)
 
 

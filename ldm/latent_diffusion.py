@@ -9,10 +9,11 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.conditions import Condition, encode_condition, null_condition
 from ldm.config import Recipe
+from ldm.device import placed
 from ldm.diffusion.guidance import guide
 from ldm.diffusion.objective import (
     Denoiser,
@@ -70,8 +71,7 @@ class LatentDiffusion:
     def to(self, device: torch.device | str) -> "LatentDiffusion":
         """This model, its weights moved to a device."""
         self.networks.to(device)
-        if isinstance(self.autoencoder.first_stage, nn.Module):
-            self.autoencoder.first_stage.to(device)
+        self.autoencoder.to(device)
         return self
 
     def encode(self, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class LatentDiffusion:
         Raises:
             ContractError: see `Autoencoder.encode`.
         """
-        return self.config.scale * self.autoencoder.encode(x)
+        return self.config.scale * self.autoencoder.encode(placed(x, self.device))
 
     def decode(self, z: Tensor, *, quantise: bool = True) -> Tensor:
         """Pictures (B, 3, H, W), nominally in [-1, 1], of scaled latents (B, C, h, w).
@@ -92,7 +92,7 @@ class LatentDiffusion:
         Raises:
             ContractError: see `Autoencoder.decode`.
         """
-        first_stage, unscaled = self.autoencoder.first_stage, z / self.config.scale
+        first_stage, unscaled = self.autoencoder.first_stage, placed(z, self.device) / self.config.scale
         if quantise or not isinstance(first_stage, VQModel):
             return self.autoencoder.decode(unscaled)
         self.autoencoder.check_latents(unscaled)
@@ -215,7 +215,7 @@ class LatentDiffusion:
         micro_batch: int = MICRO_BATCH,
         **settings: Any,
     ) -> Tensor:
-        """Scaled latents (B, C, h, w), one for each condition.
+        """Scaled latents (B, C, h, w) on the CPU, one for each condition.
 
         All noise of the i-th is keyed by (seed, i), and passes are padded to `micro_batch`, so its bits do
         not depend on how many others are drawn. Another micro-batch changes last bits.
@@ -268,7 +268,7 @@ class LatentDiffusion:
                 decode=self.decode_with_gradient,
                 on_step=None if on_step is None else partial(on_pass, on_step, number, len(parts)),
             )
-            drawn.append(latents[: len(part.indices)])
+            drawn.append(latents[: len(part.indices)].cpu())
         return torch.cat(drawn)
 
     @torch.no_grad()
@@ -280,7 +280,7 @@ class LatentDiffusion:
         micro_batch: int = MICRO_BATCH,
         **settings: Any,
     ) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1], one for each condition, on the CPU.
+        """Pictures (B, 3, H, W) in [-1, 1] on the CPU, one for each condition.
 
         Arguments and errors are those of `sample_latents`. What a mask keeps of an edit's image is put back
         as it is.
@@ -289,7 +289,7 @@ class LatentDiffusion:
         pictures = decode_in_micro_batches(
             self.first_stage, latents / self.config.scale, micro_batch=micro_batch
         )
-        return pictures if edit is None else edit.to(pictures.device).pasted(pictures)
+        return pictures if edit is None else edit.pasted(pictures)
 
     def denoiser(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from datasets.manifest import Manifest
 from datasets.store import Store
 from ldm.config import Recipe, require_divisible
+from ldm.device import home, placed
 from ldm.errors import ContractError
 from ldm.first_stage_config import FirstStageModel
 from ldm.models.band_plan import GIB, Coding, plan_rows
@@ -26,12 +27,24 @@ MAX_PIXEL = 1.001
 """Largest size of a pixel that still counts as lying in [-1, 1]."""
 
 
+def moved(first_stage: FirstStage, device: torch.device | str) -> FirstStage:
+    """The first stage, its weights moved to a device; the identity has none."""
+    if isinstance(first_stage, nn.Module):
+        first_stage.to(device)
+    return first_stage
+
+
 @dataclass(frozen=True)
 class Autoencoder:
-    """A trained first stage as one object; it checks what it is given."""
+    """A trained first stage as one object; it checks what it is given, and computes where its weights are."""
 
     first_stage: FirstStage
     config: FirstStageModel
+
+    def to(self, device: torch.device | str) -> "Autoencoder":
+        """This first stage, its weights moved to a device."""
+        moved(self.first_stage, device)
+        return self
 
     def encode(self, x: Tensor, *, memory_gib: float | None = None) -> Tensor:
         """Latents (B, C, h, w): VQ before quantisation, KL the posterior's mean.
@@ -45,7 +58,7 @@ class Autoencoder:
                 budget that even the smallest bands exceed.
         """
         self.check_pictures(x)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = placed(x, home(self.first_stage, x.device)).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             if memory_gib is None:
                 stored = self.first_stage.encode(x)
@@ -66,7 +79,7 @@ class Autoencoder:
                 smallest bands exceed.
         """
         self.check_latents(z)
-        z = z.contiguous(memory_format=torch.channels_last)
+        z = placed(z, home(self.first_stage, z.device)).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             if memory_gib is None:
                 return self.first_stage.decode(z)
@@ -100,7 +113,7 @@ class Autoencoder:
                 "were they made by another first stage?"
             )
         with torch.no_grad():
-            return model.decode_codes(model.quantize.lookup(indices))
+            return model.decode_codes(model.quantize.lookup(indices.to(home(model, indices.device))))
 
     def rows(self, coding: Coding, batch: Tensor, size: tuple[int, int], memory_gib: float) -> int:
         """Rows of a band with which coding a batch of pictures of this height and width stays in memory."""

@@ -7,10 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.device import CPU, placed
 
-def from_uint8(images: np.ndarray) -> Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in [-1, 1], channels-last in memory."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+def from_uint8(images: np.ndarray, *, device: torch.device = CPU) -> Tensor:
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in [-1, 1] on a device, channels-last in memory."""
+    levels = placed(torch.from_numpy(np.ascontiguousarray(images)), device)  # a byte for a number of four
+    return levels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

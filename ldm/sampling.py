@@ -101,7 +101,9 @@ def draw(
         schedule=schedule,
         times=times,
         eta=sampling.eta,
-        noise=partial(keyed, "eta") if noise is None else lambda step: noise(step)[part.rows],
+        noise=partial(keyed, "eta")
+        if noise is None
+        else lambda step: noise(step)[part.rows].to(start.device),
         correct=correct,
         on_step=on_step,
     )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets.progress import Progress, no_progress
+from ldm.device import CPU, placed
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ def train_classifier(
     num_classes: int,
     seed: int,
     num_images: int = 20_000,
+    device: torch.device = CPU,
     progress: Progress = no_progress,
 ) -> Classifier:
     """A classifier of the pictures' classes, trained from nothing; a pure function of its arguments.
@@ -127,6 +129,7 @@ def train_classifier(
         num_classes: K.
         seed: of the first weights and of the order of samples.
         num_images: pictures to train on, counting repeats.
+        device: where it is trained; first weights and the order of samples are drawn on the CPU.
         progress: called with the pictures seen and `num_images`.
 
     Raises:
@@ -134,7 +137,7 @@ def train_classifier(
     """
     check_samples(images, labels, num_classes=num_classes)
     generator = torch.Generator().manual_seed(seed)
-    model = Classifier(num_classes=num_classes, generator=generator)
+    model = Classifier(num_classes=num_classes, generator=generator).to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=WEIGHT_DECAY)
     seen = 0
     for positions in shuffled_batches(len(images), generator=generator):
@@ -143,7 +146,7 @@ def train_classifier(
         seen += len(positions)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(seen, num_images=num_images)
-        loss = F.cross_entropy(model(images[positions]), labels[positions])
+        loss = F.cross_entropy(model(placed(images[positions], device)), placed(labels[positions], device))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -165,5 +168,6 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
         ValueError: pictures or labels of another form, or a label out of range.
     """
     check_samples(images, labels, num_classes=model.readout.out_features)
-    guesses = torch.cat([model(part).argmax(dim=1) for part in images.split(BATCH_IMAGES)])  # (N,)
+    device, parts = model.readout.weight.device, images.split(BATCH_IMAGES)
+    guesses = torch.cat([model(placed(part, device)).argmax(dim=1).cpu() for part in parts])  # (N,)
     return (guesses == labels).double().mean().item()

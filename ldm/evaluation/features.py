@@ -1,8 +1,9 @@
 """Inception features of a set of pictures, kept on disk under what they were computed from.
 
 N pictures, H W height and width, D = 2048 features. A set that several models are compared with is put
-through the network once: the name of the kept file is a digest of the pictures, the network, the micro-batch
-and the number of threads, so other pictures never find it, and it ends in the digest of its own bytes.
+through the network once: the name of the kept file is a digest of the pictures, the network, the micro-batch,
+the number of threads and the class of device, so other pictures never find it, and it ends in the digest of
+its own bytes.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from datasets.progress import Progress, no_progress
+from ldm.device import CPU
 from ldm.evaluation.fidelity import extract_features, frechet_distance
 from ldm.evaluation.sets import nchw
 from ldm.weights import DIGEST_LETTERS, inception_state, intact, write_atomically
@@ -26,7 +28,7 @@ def kept_features(
     *,
     cache_dir: Path,
     micro_batch: int,
-    device: torch.device,
+    device: torch.device = CPU,
     progress: Progress = no_progress,
 ) -> np.ndarray:
     """Features (N, D) float32 of pictures (N, H, W, 3) uint8: computed now, or read where they were kept.
@@ -35,7 +37,7 @@ def kept_features(
         images: the pictures.
         cache_dir: local folder for features and converted weights; made if it is not there.
         micro_batch: pictures per pass; it changes the last bits of the features.
-        device: where the network runs.
+        device: where the network runs; so does its class.
         progress: called with the pictures done and their number.
     """
     weights = inception_state(cache_dir)

@@ -28,6 +28,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from datasets.progress import Progress, no_progress
+from ldm.device import CPU, placed
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def extract_features(
     weights_path: Path,
     micro_batch: int = 16,
     num_images: int | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device = CPU,
     progress: Progress = no_progress,
 ) -> np.ndarray:
     """Pooled Inception features of pictures, (N, 2048) float32, in the order given.
@@ -139,7 +140,7 @@ def extract_features(
     features: list[np.ndarray] = []
     done = 0
     for batch, count in micro_batches(images, micro_batch):
-        (pooled,) = extractor(batch.to(device))  # (micro_batch, D)
+        (pooled,) = extractor(placed(batch, device))  # (micro_batch, D)
         features.append(pooled[:count].cpu().numpy())
         done += count
         progress(done, done if num_images is None else num_images)

@@ -14,12 +14,12 @@ from PIL import Image
 from datasets.keys import canonical_json
 from datasets.stream import SampleReader
 from ldm.config import Recipe
-from ldm.device import device_of, home, placed
+from ldm.device import CPU, full_float32, home, resolve
 from ldm.errors import ContractError
 from ldm.evaluation import fidelity, reconstruction
 from ldm.evaluation.features import distance, kept_features
 from ldm.evaluation.sets import MIN_SCORED, nchw, reconstruct
-from ldm.model import load_first_stage
+from ldm.model import load_first_stage, moved
 from ldm.models.lpips import LPIPS, build_lpips
 from ldm.pictures import png, side_by_side
 from ldm.range import from_uint8
@@ -41,9 +41,12 @@ def bicubic(images: np.ndarray, factor: int) -> np.ndarray:
 
 @torch.no_grad()
 def perceptual(lpips: LPIPS, images: np.ndarray, originals: np.ndarray, *, micro_batch: int) -> float:
-    """Mean LPIPS between pictures and their originals."""
+    """Mean LPIPS between pictures and their originals, computed where the network is."""
+    device = home(lpips)
     parts = [
-        lpips(*(from_uint8(of[start : start + micro_batch]).to(home(lpips)) for of in (images, originals)))
+        lpips(
+            *(from_uint8(of[start : start + micro_batch], device=device) for of in (images, originals))
+        ).cpu()
         for start in range(0, len(images), micro_batch)
     ]
     return torch.cat(parts).double().mean().item()
@@ -52,7 +55,7 @@ def perceptual(lpips: LPIPS, images: np.ndarray, originals: np.ndarray, *, micro
 def made_sets(job: Job, held_out: SampleReader, count: int) -> dict[str, np.ndarray]:
     """The sets that are compared; `reference` where enough pictures are held out, `bicubic` where f > 1."""
     recipe = job.recipe
-    first_stage = placed(load_first_stage(job.store, job.inputs["first_stage"]), device_of(recipe.device))
+    first_stage = moved(load_first_stage(job.store, job.inputs["first_stage"]), resolve(recipe.device))
     real = held_out.fetch(range(count))["image"]
     sets = {
         "real": real,
@@ -70,7 +73,7 @@ def compare(
     features: dict[str, np.ndarray],
     *,
     micro_batch: int,
-    device: torch.device,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """The scores of every set that stands for the real pictures; a prefix names the set."""
     lpips = build_lpips().to(device)
@@ -89,13 +92,14 @@ def compare(
     return scores
 
 
+@full_float32()
 def score(job: Job) -> Result:
     """Reconstruct, extract features, compare, and show the first pictures.
 
     Raises:
         ContractError: too few held-out pictures.
     """
-    evaluation = job.recipe.evaluation
+    evaluation, device = job.recipe.evaluation, resolve(job.recipe.device)
     held_out = SampleReader(job.store, job.inputs["shards"], split="held_out")
     count = min(evaluation.num_images, len(held_out))
     if count < MIN_SCORED:
@@ -110,14 +114,14 @@ def score(job: Job) -> Result:
             images,
             cache_dir=job.store.local_root / "cache",
             micro_batch=evaluation.micro_batch,
-            device=device_of(job.recipe.device),
+            device=device,
             progress=lambda done, total, index=index: job.report.progress(
                 index * total + done, len(sets) * total
             ),
         )
-    scores = compare(
-        sets, features, micro_batch=evaluation.micro_batch, device=device_of(job.recipe.device)
-    ) | {"num_images": count}
+    scores = compare(sets, features, micro_batch=evaluation.micro_batch, device=device) | {
+        "num_images": count
+    }
     job.report.metrics(0, {name: value for name, value in scores.items() if isinstance(value, float)})
     document: dict[str, Any] = {"scores": scores, "protocol": protocol(job.recipe, job, count)}
     warning = fidelity.bias_warning(count)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ldm.config import require_divisible
+from ldm.device import home
 from ldm.errors import ContractError
 from ldm.evaluation.reconstruction import psnr, ssim
 from ldm.evaluation.sets import nchw
@@ -68,19 +69,20 @@ def round_trip(
     Args:
         model: the first stage.
         picture: see `fitting`.
-        lpips: the perceptual distance.
+        lpips: the perceptual distance, on the device of the first stage.
         memory_gib: memory of encoding and decoding, see `Autoencoder`.
 
     Raises:
         ContractError: the picture does not fit the first stage, or the budget is too small.
     """
-    x = from_uint8(picture[None])
+    device = home(lpips)
+    x = from_uint8(picture[None], device=device)
     decoded = to_uint8(model.decode(model.encode(x, memory_gib=memory_gib), memory_gib=memory_gib))
     pair = nchw(decoded), nchw(picture[None])
     scores = {
         "psnr_db": psnr(*pair).item(),
         "ssim": ssim(*pair).item(),
-        "lpips": lpips(from_uint8(decoded), x).item(),
+        "lpips": lpips(from_uint8(decoded, device=device), x).item(),
     }
     return RoundTrip(picture, decoded[0], scores)
 

@@ -17,7 +17,7 @@ from datasets.manifest import Manifest
 from datasets.stream import SampleReader
 from ldm.conditions import reads_captions
 from ldm.config import Recipe
-from ldm.device import device_of
+from ldm.device import full_float32, resolve
 from ldm.errors import ContractError
 from ldm.evaluation import fidelity, reconstruction
 from ldm.evaluation.classifier import accuracy, train_classifier
@@ -80,13 +80,14 @@ def made_sets(
                 weights_path=weights,
                 micro_batch=recipe.evaluation.micro_batch,
                 num_images=count,
-                device=device_of(recipe.device),
+                device=model.device,
                 progress=partial(report, half=2 * index + 1),
             ),
         )
     return pictures, features
 
 
+@full_float32()
 def score(job: Job) -> Result:
     """Make the sets, extract their features, compare them, judge the classes, draw what people look at."""
     recipe = job.recipe
@@ -100,7 +101,7 @@ def score(job: Job) -> Result:
             "raise the held-out share (for a folder: --set dataset.source.held_out_share=0.2)"
         )
     contract = check_contract(job.inputs["latents"], recipe, job.inputs["first_stage"])
-    model = load_model(job.store, job.inputs["model"], recipe).to(device_of(recipe.device))
+    model = load_model(job.store, job.inputs["model"], recipe).to(resolve(recipe.device))
     pictures, features = made_sets(job, model=model, contract=contract, held_out=held_out)
     scores = compare(pictures, features) | judge(job, pictures["samples"], model.classes, held_out)
     scores["num_images"] = count
@@ -142,6 +143,7 @@ def judge(job: Job, samples: np.ndarray, classes: tuple[str, ...], held_out: Sam
         num_classes=len(classes),
         seed=job.recipe.sampling.seed,
         num_images=budget,
+        device=resolve(job.recipe.device),
     )
     unseen = held_out.fetch(range(min(len(held_out), MAX_JUDGE_PICTURES)))
     known = unseen["class_label"] >= 0

@@ -63,9 +63,9 @@ def asked_condition(
 
 def reconstruct(first_stage: FirstStage, images: np.ndarray, *, micro_batch: int) -> np.ndarray:
     """Pictures through the first stage and back, KL by its mean, in padded passes of a fixed size."""
-    parts = []
+    parts, device = [], home(first_stage)
     for start in range(0, len(images), micro_batch):
-        x = from_uint8(images[start : start + micro_batch])
+        x = from_uint8(images[start : start + micro_batch], device=device)
         padded = torch.cat([x, x.new_zeros(micro_batch - len(x), *x.shape[1:])])
         with torch.no_grad():
             padded = padded.to(home(first_stage)).contiguous(memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from datasets.errors import DatasetsError
-from ldm.device import device_of
+from ldm.device import LOCAL_RANK, resolve
 from ldm.errors import LdmError
 from ldm.launch.beacons import Beacon
 from ldm.launch.task import Task, job_of
@@ -43,10 +43,11 @@ def work(task_json: str, rank: int, world_size: int, port: int) -> None:
     task = Task.model_validate_json(task_json)
     end_with(*task.supervisor)
     store = TCPStore("127.0.0.1", port, world_size=world_size, is_master=False)
-    device = device_of(task.recipe["device"], rank=rank)
+    os.environ[LOCAL_RANK] = str(rank)
+    device = resolve(task.recipe["device"])
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PEER_TIMEOUT)
-    sys.exit(0 if do(task, Ranks(rank, world_size, rank)) else 1)
+    sys.exit(0 if do(task, Ranks(rank, world_size)) else 1)
 
 
 def do(task: Task, ranks: Ranks) -> bool:

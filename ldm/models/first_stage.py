@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ldm.device import home, placed
 from ldm.first_stage_config import FirstStageModel
 from ldm.models.autoencoder import Decoder, Encoder, ResnetBlock, to_channels_last
 from ldm.models.gaussian import sample_posterior, split_moments
@@ -180,11 +181,11 @@ def decode_in_micro_batches(first_stage: FirstStage, z: Tensor, *, micro_batch: 
         micro_batch: latents per forward pass; the last one is padded with zeros and cut.
 
     Returns:
-        (N, 3, H, W) pictures, clamped to [-1, 1]; on the CPU, as there may be many.
+        (N, 3, H, W) pictures, clamped to [-1, 1], on the CPU wherever the first stage computes.
     """
-    pictures = []
+    pictures, device = [], home(first_stage, z.device)
     for start in range(0, len(z), micro_batch):
-        part = z[start : start + micro_batch]
+        part = placed(z[start : start + micro_batch], device)
         padded = torch.cat([part, part.new_zeros(micro_batch - len(part), *part.shape[1:])])
         pictures.append(first_stage.decode(padded)[: len(part)].clamp(-1.0, 1.0).cpu())
     return torch.cat(pictures)

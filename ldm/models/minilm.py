@@ -29,6 +29,11 @@ class MiniLM(nn.Module):
     their package when they are first used.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Buffer(torch.empty(0), persistent=False)
+        """Empty; the device it is moved to is where captions are read."""
+
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:
         """A vector per token.

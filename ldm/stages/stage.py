@@ -12,7 +12,7 @@ from datasets.keys import artifact_key
 from datasets.manifest import Content, FileRecord, Manifest, Parent
 from datasets.store import Store, WorkArea
 from ldm.config import Recipe
-from ldm.device import device_of
+from ldm.device import facts, resolve
 from ldm.launch.supervisor import supervise
 from ldm.training.loop import History, Trainee, train
 from ldm.training.ranks import ALONE, Ranks
@@ -124,11 +124,14 @@ def trained(job: Job, training: Training, make: Callable[[Job, Ranks], TraineeT]
 
 
 def environment(recipe: Recipe) -> dict[str, Any]:
-    """What equal bits depend on besides the recipe: device, torch build, threads, instruction set."""
-    device = device_of(recipe.device)
+    """What equal bits depend on besides the recipe: torch build, class of device, threads, instruction set.
+
+    Equality is claimed for one class of device, the same torch build and the same number of threads; a GPU
+    and a CPU agree up to rounding.
+    """
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
+        **facts(resolve(recipe.device)),
         "threads": recipe.threads,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),

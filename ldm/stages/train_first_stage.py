@@ -9,7 +9,7 @@ from datasets.keys import canonical_json
 from datasets.manifest import Manifest
 from datasets.stream import SampleReader
 from ldm.config import Recipe
-from ldm.device import device_of
+from ldm.device import resolve
 from ldm.model import WEIGHTS
 from ldm.pictures import curves
 from ldm.stages.stage import Job, Result, Stage, trained
@@ -78,7 +78,7 @@ def make_trainee(job: Job, ranks: Ranks) -> FirstStageTrainee:
         SampleReader(job.store, shards, split="held_out"),
         inception=lambda: inception_state(job.store.local_root / "cache"),
         ranks=ranks,
-        device=device_of(job.recipe.device, rank=ranks.local_rank),
+        device=resolve(job.recipe.device),
     )
 
 

@@ -13,7 +13,7 @@ from datasets.manifest import Manifest
 from datasets.stream import SampleReader
 from ldm.conditions import reads_captions
 from ldm.config import Recipe
-from ldm.device import device_of
+from ldm.device import resolve
 from ldm.evaluation.sets import asked_condition
 from ldm.latent_diffusion import LatentDiffusion, assemble
 from ldm.latents import check_contract, check_moments
@@ -111,7 +111,7 @@ def make_trainee(job: Job, ranks: Ranks) -> DiffusionTrainee:
         num_classes=len(classes),
         look=look,
         ranks=ranks,
-        device=device_of(job.recipe.device, rank=ranks.local_rank),
+        device=resolve(job.recipe.device),
     )
 
 

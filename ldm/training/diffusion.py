@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from datasets.stream import SampleReader
 from ldm.conditions import Condition, Fields, fields_of
 from ldm.config import Recipe
-from ldm.device import autocast, placed, set_products
 from ldm.diffusion.objective import draw_timesteps, loss_weights, prediction_loss, with_log_variance
 from ldm.diffusion.schedule import build_schedule
 from ldm.latents import LatentContract, scaled_latent
-from ldm.model import Autoencoder, Denoising, build_denoising
+from ldm.model import Autoencoder, Denoising, build_denoising, moved
 from ldm.models.first_stage import FirstStage
+from ldm.precision import autocast, set_products
 from ldm.training.batches import Batches
 from ldm.training.dropout import encode_some
 from ldm.training.ema import Ema
@@ -64,7 +64,7 @@ class DiffusionTrainee:
         set_products(self.training.precision)
         self.batches = Batches(reader, self.training, ranks)
         self.contract, self.first_stage, self.look_at = contract, first_stage, look
-        placed(first_stage, self.device)
+        moved(first_stage, self.device)
         self.autoencoder = Autoencoder(first_stage, recipe.first_stage.model)
         rows = recipe.unet.num_classes  # of a table of class vectors, whose last is the null class
         self.num_classes = num_classes if rows is None else rows - 1

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from datasets.stream import SampleReader
-from ldm.device import autocast, set_products
 from ldm.errors import TrainingError
 from ldm.first_stage_config import FirstStageRecipe
 from ldm.health_page import health_page
@@ -22,6 +21,7 @@ from ldm.models.discriminator import PatchDiscriminator, hinge_loss
 from ldm.models.first_stage import KLModel, VQModel, build_first_stage
 from ldm.models.lpips import build_lpips
 from ldm.pictures import png, side_by_side
+from ldm.precision import autocast, set_products
 from ldm.range import from_uint8, to_uint8
 from ldm.training.batches import Batches
 from ldm.training.codebook import CodeUse

@@ -19,12 +19,10 @@ class Ranks:
     Attributes:
         rank: which one this is, from 0.
         world_size: R, a power of two.
-        local_rank: which one it is of those on its machine.
     """
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
 
     @property
     def is_first(self) -> bool:

