@@ -18,10 +18,10 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, lt=10**18)
     sha256: str
     """Of the tensors' file."""
-    num_bytes: int = Field(ge=0)
+    num_bytes: int = Field(ge=0, lt=2**63)
     """Of the tensors' file."""
     history: dict[str, list[tuple[int, float]]]
     """Logged metrics so far: name -> (images seen, value)."""

@@ -181,10 +181,10 @@ def lying(monkeypatch: pytest.MonkeyPatch, *, ending: str) -> WorkArea:
     """A work area on a disk that keeps other bytes than it is given for files of an ending."""
     stored = MemoryFileSystem.pipe_file
 
-    def store_another(self: MemoryFileSystem, path: str, value: bytes, **options: Any) -> None:
+    def store_another(self: MemoryFileSystem, path: str, value: bytes, mode: Any = "overwrite") -> None:
         data = bytearray(value)
         data[-3] ^= path.endswith(ending)
-        stored(self, path, bytes(data), **options)
+        stored(self, path, bytes(data), mode=mode)
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", store_another)
     return Store(f"memory://lying-{ending}").work("train", "0" * 64)
