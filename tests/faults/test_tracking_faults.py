@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 PNG = pictures.png(np.zeros((8, 8, 3), dtype=np.uint8))
 STEP_S = 0.05
 NUM_STEPS = 60
+DELIVER_S = 300
 SHARE_MAX = 0.05
 """Of the time of a step, in calls that report; a call that waits for the server takes more than all of it."""
 
@@ -58,7 +59,7 @@ for step in range(first, 100_000):
         run.sync()
         (folder / "done.new").write_text(str(step))
         (folder / "done.new").replace(done)
-    time.sleep(0.01)
+    time.sleep(0.02)
 """
 
 
@@ -229,9 +230,8 @@ def assert_whole(address: str, *, stage: str, name: str, num_steps: int) -> None
 
 def deliver(tracker: Tracker, journals: Path) -> None:
     """Sends what waits, as a later command does."""
-    for _ in range(30):
-        if tracker.deliver(10) is None:
-            break
+    deadline = time.monotonic() + DELIVER_S
+    while tracker.deliver(10) is not None and time.monotonic() < deadline:
         time.sleep(0.5)  # the thread of the run may still wait for the answer to its last call
     assert waiting(journals) == []
     assert [path for path in journals.glob("*/*") if path.is_dir()] == []
