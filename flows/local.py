@@ -17,6 +17,8 @@ def use_local_services(local_root: Path) -> None:
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # A server that is gone when a stage ends is waited for: pauses of 2, 4, 8 ... s, 17 minutes in all.
+        "PREFECT_CLIENT_MAX_RETRIES": "9",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "datasets,ldm,flows",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # lines of background threads have no flow run
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",

@@ -56,19 +56,27 @@ class Regression:
         self.training = Training(
             num_images=4 * NUM_STEPS, batch_size=4, lr=0.01, keep_every_images=16, seed=seed
         )
-        self.before = before
+        self.before, self.device = before, torch.device("cpu")
         torch.manual_seed(seed)
         self.net = torch.nn.Sequential(torch.nn.Linear(8, 96), torch.nn.Tanh(), torch.nn.Linear(96, 1))
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.01, fused=True)
 
-    def step(self, step: int) -> Mapping[str, Tensor]:
+    def gradients(self, step: int) -> dict[str, Tensor]:
         self.before(step)
+        self.num_steps = step + 1
         x = torch.randn(4, 8, generator=generator(self.training.seed, step, "x"))
         loss = (self.net(x).squeeze(1) - x.sin().sum(1)).square().mean()
         loss.backward()
+        return {"loss": loss.detach()}
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        del step
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {"loss": loss.detach()}
+        return {}
+
+    def forget(self) -> None:
+        self.optimizer.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
         return module_tensors(self.net, "net") | optimizer_tensors(self.optimizer, "optimizer")
@@ -78,8 +86,14 @@ class Regression:
         load_module(self.net, tensors, "net")
         load_optimizer(self.optimizer, tensors, "optimizer")
 
-    def validate(self, images: int, history: History) -> Mapping[str, float]:
-        return {"images": float(images) / 3}
+    def validates(self, images: int) -> bool:
+        return images > 0
+
+    def validate(self) -> Mapping[str, float]:
+        return {"steps": float(self.num_steps) / 3}
+
+    def heed(self, images: int, history: History) -> None:
+        """Nothing follows."""
 
     def stops(self, history: History) -> bool:
         return False

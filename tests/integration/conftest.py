@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -62,9 +62,15 @@ def ldm() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def ldm_started() -> Callable[..., subprocess.Popen[str]]:
-    """Starts `ldm` with these arguments; what it prints is lost."""
+    """Starts `ldm` with these arguments, and variables of the environment; what it prints is lost."""
     silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return lambda *arguments: subprocess.Popen(**(ldm_command(*arguments) | silent))
+
+    def start(*arguments: str, environ: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        command = ldm_command(*arguments)
+        command["env"] |= environ or {}
+        return subprocess.Popen(**(command | silent))
+
+    return start
 
 
 @pytest.fixture(scope="session")
