@@ -24,7 +24,10 @@ import pytest
 from ldm import pictures
 from ldm.tracking import Tracker, waiting
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
+    pytest.mark.timeout(300),  # a server takes a minute to start on a busy machine
+]
 
 ROOT = Path(__file__).parents[2]
 PNG = pictures.png(np.zeros((8, 8, 3), dtype=np.uint8))

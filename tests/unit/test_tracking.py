@@ -35,6 +35,18 @@ print(run.id, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
+DIES_AT_ONCE = """
+import os, signal, sys
+from pathlib import Path
+from ldm.tracking import Tracker
+
+tracker = Tracker(f"sqlite:///{sys.argv[1]}/mlflow.db", Path(sys.argv[1], "tracking"))
+run = tracker.start("train-ldm", name="demo", params={}, tags={}, system_metrics=False)
+print(run.id, flush=True)
+run.metrics(1, {"loss": 1.0})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -358,25 +370,33 @@ def test_nothing_stays_of_a_journal_that_was_delivered(tracker: Tracker, root: P
     assert waiting(root / "tracking") == []
 
 
-def test_an_end_told_to_nobody_is_told_by_the_next_run(root: Path, tracker: Tracker, tmp_path: Path) -> None:
-    away = Tracker(tracker.uri, tmp_path, artifact_root=root / "mlflow-artifacts")
-    blocker = sqlite3.connect(root / "mlflow.db")
-    blocker.execute("begin exclusive")
-    run = started(away)
-    run.metrics(1, {"loss": 1.0})
-    name = run.id
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm.tracking.tracked_run.CLOSE_TIMEOUT_S", 0.1)
-        run.finish()
-    blocker.rollback()
-    blocker.close()
-    with started(away) as later:
-        later.metrics(2, {"loss": 2.0})
-        assert later.flush(30)
-    for _ in range(100):
-        if not waiting(tmp_path):
-            break
-        time.sleep(0.1)
-    (row,) = [row for row in tracker.runs("train-ldm") if row["tags"].get("journal") == name]
-    assert row["status"] == "FINISHED"
+def test_what_a_killed_process_left_is_sent_by_another_run(root: Path, tracker: Tracker) -> None:
+    started(tracker).finish()
+    command = [sys.executable, "-c", DIES_AT_ONCE, str(root)]
+    child = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    (left,) = waiting(root / "tracking")
+    assert left.num_points == 1
+    with started(tracker) as run:
+        assert run.flush(30)
+        for _ in range(300):
+            if not waiting(root / "tracking"):
+                break
+            time.sleep(0.1)
+    (row,) = [row for row in tracker.runs("train-ldm") if row["tags"].get("journal") == child.stdout.strip()]
     assert history(root, row["id"]) == [(1, 1.0)]
+
+
+def test_a_run_that_began_while_nobody_listened_is_known_by_its_journal(root: Path, tracker: Tracker) -> None:
+    run = started(tracker)
+    name = run.id
+    assert name is not None
+    assert tracker.is_unfinished("train-ldm", name)
+    run.finish()
+    assert run.id != name
+    assert tracker.knows(name)
+    assert not tracker.is_unfinished("train-ldm", name)
+    with started(tracker, run_id=name) as again:
+        again.metrics(1, {"loss": 1.0})
+    assert again.id == run.id
+    assert history(root, run.id) == [(1, 1.0)]
