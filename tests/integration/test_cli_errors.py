@@ -107,6 +107,22 @@ def test_a_missing_weights_package_is_refused(
     assert re.search(rf"no package {package} is installed; run `make setup`", said)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("reproduce", "demo", "--set", "device=cuda"),
+        ("sample", "nope", "--device", "cuda"),
+        ("reconstruct", ".", "--model", "nope", "--device", "cuda"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_looked_for(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    said = refusal(cli(*arguments, "--store", str(tmp_path)))
+    assert "got cuda and torch sees no GPU; use device=cpu or auto" in said
+
+
 def test_weights_that_a_recipe_does_not_use_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.preflight import check_machine
 
