@@ -123,6 +123,20 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_looked_for(
     assert "got cuda and torch sees no GPU; use device=cpu or auto" in said
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_does_not_fit_into_a_gpu_is_said_with_the_setting_that_helps(cli: Cli) -> None:
+    small = ("first_stage=identity", "unet.in_channels=3", "unet.out_channels=3", "unet.model_channels=32")
+    overrides = [word for change in small for word in ("--set", change)]
+    status, out, err = cli("memory", "demo", *overrides, "--gib", "0.1")
+    said = " ".join(out.split())
+    assert (status, err) == (0, "")
+    assert re.search(r"activations of 32 pictures at once, float32, kept", said)
+    assert re.search(
+        r"It does not fit: .* set (unet\.checkpoint_activations=true|training\.virtual_shards=)", said
+    )
+
+
 def test_weights_that_a_recipe_does_not_use_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.preflight import check_machine
 
