@@ -296,6 +296,25 @@ def export_model(
 
 
 @commands.command
+def memory(
+    recipe: RecipeName,
+    *,
+    set: Overrides = None,
+    gpus: Annotated[int, Parameter(help="GPUs that share out a batch.", validator=Number(gte=1))] = 1,
+    gib: Annotated[
+        float | None, Parameter(help="Memory of each GPU; says what fits and what to set.")
+    ] = None,
+    precision: Annotated[
+        Literal["float32", "bfloat16"], Parameter(help="In which layers compute (autocast).")
+    ] = "float32",
+) -> None:
+    """Count what training a recipe takes on each GPU, without one; infra/memory.md has the paper's models."""
+    from flows.memory import print_memory
+
+    print_memory(recipe, set or [], gpus=gpus, gib=gib, precision=precision)
+
+
+@commands.command
 def recipes() -> None:
     """List the recipes that come with the package."""
     from flows.listing import print_recipes

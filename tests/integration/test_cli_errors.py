@@ -107,6 +107,36 @@ def test_a_missing_weights_package_is_refused(
     assert re.search(rf"no package {package} is installed; run `make setup`", said)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("reproduce", "demo", "--set", "device=cuda"),
+        ("sample", "nope", "--device", "cuda"),
+        ("reconstruct", ".", "--model", "nope", "--device", "cuda"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_looked_for(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    said = refusal(cli(*arguments, "--store", str(tmp_path)))
+    assert "got cuda and torch sees no GPU; use device=cpu or auto" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_does_not_fit_into_a_gpu_is_said_with_the_setting_that_helps(cli: Cli) -> None:
+    small = ("first_stage=identity", "unet.in_channels=3", "unet.out_channels=3", "unet.model_channels=32")
+    overrides = [word for change in small for word in ("--set", change)]
+    status, out, err = cli("memory", "demo", *overrides, "--gib", "0.1")
+    said = " ".join(out.split())
+    assert (status, err) == (0, "")
+    assert re.search(r"activations of 32 pictures at once, float32, kept", said)
+    assert re.search(
+        r"It does not fit: .* set (unet\.checkpoint_activations=true|training\.virtual_shards=)", said
+    )
+
+
 def test_weights_that_a_recipe_does_not_use_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.preflight import check_machine
 
