@@ -15,6 +15,7 @@ from ldm.config import Recipe
 from ldm.device import facts, resolve
 from ldm.launch.supervisor import supervise
 from ldm.training.loop import History, Trainee, train
+from ldm.training.memory import available_bytes, require_memory
 from ldm.training.ranks import ALONE, Ranks
 from ldm.training.report import Report
 from ldm.training_config import Training
@@ -116,7 +117,17 @@ def trained(job: Job, training: Training, make: Callable[[Job, Ranks], TraineeT]
 
     Ranks, if there are several, leave their final checkpoint in the work area; from there this process goes
     on as if it had been cut off.
+
+    Raises:
+        RecipeError: a step needs more memory than there is; what to set is said.
     """
+    require_memory(
+        job.recipe,
+        "train-ldm" if job.stage.name == "train-ldm" else "train-first-stage",
+        available_bytes=available_bytes(resolve(job.recipe.device), ranks=training.ranks),
+        ranks=training.ranks,
+        precision="bfloat16" if training.precision == "bfloat16" else "float32",
+    )
     if training.ranks > 1:
         supervise(job, training.ranks)
     trainee = make(job, ALONE)

@@ -16,6 +16,8 @@ from ldm.errors import RecipeError
 from ldm.latents import contract_of
 from ldm.model import load_first_stage
 from ldm.recipe import load_recipe
+from ldm.stages import STAGES
+from ldm.stages.stage import Job, trained
 from ldm.training.allocations import counted
 from ldm.training.diffusion import DiffusionTrainee
 from ldm.training.first_stage import FirstStageTrainee
@@ -30,6 +32,7 @@ from ldm.training.memory import (
     require_memory,
     way_of,
 )
+from ldm.training.report import Silent
 
 TOLERANCE = 0.25
 WIDE = ("unet.model_channels=64", "unet.norm_groups=32", "unet.head_channels=32", "training.batch_size=16")
@@ -111,11 +114,12 @@ def test_a_unets_step_takes_what_was_counted(
         num_classes=15,
         look=lambda networks: {},
     )
-    trainee.step(0)
+    trainee.gradients(0)
+    trainee.update(0)
     need = needs(recipe, "train-ldm")
     assert need.parameters == sum(4 * p.numel() for p in trainee.networks.parameters())
     assert need.averages == need.parameters == need.moments / 2 == need.gradients
-    found = allocated_at_most(lambda: trainee.step(1))
+    found = allocated_at_most(lambda: trainee.gradients(1) | trainee.update(1))
     assert need.gradients + need.activations == pytest.approx(found, rel=TOLERANCE)
 
 
@@ -140,9 +144,10 @@ def test_a_first_stages_step_takes_what_was_counted(
     )
     readers = (SampleReader(vq_chain.store, vq_chain.shards, split=split) for split in ("train", "held_out"))
     trainee = FirstStageTrainee(recipe.first_stage, *readers)
-    trainee.step(0)
+    trainee.gradients(0)
+    trainee.update(0)
     need = needs(recipe, "train-first-stage")
-    found = allocated_at_most(lambda: trainee.step(1))
+    found = allocated_at_most(lambda: trainee.gradients(1) | trainee.update(1))
     assert need.gradients + need.activations == pytest.approx(found, rel=TOLERANCE)
 
 
@@ -199,6 +204,16 @@ def test_what_does_not_fit_is_refused_and_what_the_message_says_fits(
         require_memory(recipe, stage, available_bytes=int(1.01 * room))
     with pytest.raises(RecipeError, match=r"use a device with .* GiB, which one picture takes at the least"):
         require_memory(recipe, stage, available_bytes=1000)
+
+
+def test_a_stage_refuses_what_does_not_fit_before_it_builds_anything(
+    vq_chain: Chain, tiny_recipe: Callable[..., Recipe]
+) -> None:
+    recipe = tiny_recipe("training.batch_size=4000000", "training.num_images=4000000")
+    inputs = {"latents": vq_chain.latents, "first_stage": vq_chain.first_stage}
+    job = Job(STAGES["train-ldm"], vq_chain.store, recipe, "f" * 64, inputs, Silent())
+    with pytest.raises(RecipeError, match=r"4000000 pictures at once on each of 1 take .*set"):
+        trained(job, recipe.training, lambda job, ranks: pytest.fail("it was built"))
 
 
 def test_the_memory_of_a_cpu_is_shared_by_its_ranks() -> None:
