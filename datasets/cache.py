@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from pathlib import Path
 
 from datasets.blobs import write_whole
 from datasets.keys import sha256_hex
 
 _log = logging.getLogger(__name__)
+
+_FIRST = threading.Lock()
 
 
 class FileCache:
@@ -54,14 +57,15 @@ class FileCache:
             self._make_room(len(data))
             write_whole(self._folder / digest, lambda stream: stream.write(data), publish=os.replace)
         except OSError as error:
-            if not self._warned:
+            with _FIRST:  # of several threads that find no room one warns
+                told, self._warned = self._warned, True
+            if not told:
                 _log.warning(
                     "nothing more is kept in %s (%s), so files are read from the store each time; "
                     "free space there, or start where there is some",
                     self._folder,
                     error,
                 )
-            self._warned = True
 
     def _make_room(self, num_bytes: int) -> None:
         """Remove the least recently used files until so many bytes more are within the bound."""

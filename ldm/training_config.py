@@ -95,7 +95,9 @@ class Training(Config):
                 f"use one of {', '.join(map(str, divisors))}"
             )
         shards = self.virtual_shards
-        allowed = [n for n in powers_of_two(shards) if n == 1 or shards in powers_of_two(shards)]
+        allowed = [
+            n for n in range(1, shards + 1) if n == 1 or (is_power_of_two(n) and is_power_of_two(shards))
+        ]
         if self.ranks not in allowed:
             raise ValueError(
                 f"ranks ({self.ranks}) must be a power of two that leaves each rank 1, 2, 4, ... of the "
@@ -104,6 +106,6 @@ class Training(Config):
             )
 
 
-def powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, ... up to a limit."""
-    return [2**n for n in range(limit.bit_length())]
+def is_power_of_two(count: int) -> bool:
+    """Whether a number is 1, 2, 4, ..."""
+    return count > 0 and count & (count - 1) == 0

@@ -8,8 +8,8 @@ libraries (a CUDA context takes some 0.5 GiB), and workspaces of convolutions, f
 B pictures at once, C channels of the latent, h w its height and width, H W those of the picture.
 """
 
+import itertools
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -33,7 +33,7 @@ from ldm.models.lpips import build_lpips
 from ldm.network_config import HybridConditioning
 from ldm.training.allocations import backward, counted
 from ldm.training.first_stage_loss import Encoded, adaptive_weight, reconstruction_loss
-from ldm.training_config import Training
+from ldm.training_config import Training, is_power_of_two
 
 GIB = 2**30
 HEADROOM = 0.1
@@ -261,11 +261,6 @@ def training_of(recipe: Recipe, stage: TrainingStage) -> Training:
     return training
 
 
-def shards_of(training: Training) -> int:
-    """Virtual shards of a batch."""
-    return getattr(training, "virtual_shards", 1)
-
-
 def checkpoints(recipe: Recipe, stage: TrainingStage) -> bool:
     """Whether a recipe's stage makes activations again in the backward pass."""
     unet, first_stage = recipe.unet, recipe.first_stage
@@ -275,7 +270,7 @@ def checkpoints(recipe: Recipe, stage: TrainingStage) -> bool:
 def way_of(recipe: Recipe, stage: TrainingStage, *, ranks: int = 1, precision: Precision = "float32") -> Way:
     """How a recipe's step is done on each of so many ranks."""
     training = training_of(recipe, stage)
-    shards = max(shards_of(training), ranks)
+    shards = max(training.virtual_shards, ranks)
     return Way(
         at_once=-(-training.batch_size // shards),
         shards=max(1, shards // ranks),
@@ -328,10 +323,11 @@ def cures(networks: Networks, training: Training, way: Way, *, ranks: int, budge
     """Ways to do the same step within a budget: the fewest shards as it is, and with checkpointing."""
     found, size = list[Way](), training.batch_size
     more = [n for n in range(ranks, size + 1, ranks) if size % n == 0 and size // n <= way.at_once]
+    more = [n for n in more if ranks == 1 or is_power_of_two(n // ranks)]
     for checkpointing in sorted({way.checkpointing, True}):
         ways = [Way(size // n, n // ranks, checkpointing, way.precision) for n in more]
-        fewest = bisect_left(ways, True, key=lambda one: networks.need(one).total <= budget)
-        found += ways[fewest : fewest + 1]
+        fits = (one for one in ways if networks.need(one).total <= budget)  # more shards may need more
+        found += itertools.islice(fits, 1)
     return found
 
 

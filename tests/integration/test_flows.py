@@ -158,6 +158,7 @@ def test_an_attempt_that_was_cut_off_goes_on_in_the_same_run(tiny: list[str], tm
     with pytest.raises(OSError, match="cut"), tracked(request, "train-ldm", KEY, {"a": 1}) as first:
         raise OSError("cut")
     with tracked(request, "train-ldm", KEY, {"a": 1}) as second:
+        assert second.flush(30)  # until then it is known by its journal
         assert second.id == first.id
     (row,) = open_tracker(request.store).runs("train-ldm")
     assert row["status"] == "FINISHED"
