@@ -137,13 +137,15 @@ class MlflowRuns:
         return run if run.info.lifecycle_stage == "active" else None
 
     def _by_journal(self, name: str) -> "Run | None":
+        return next(iter(self._all_by_journal(name)), None)
+
+    def _all_by_journal(self, name: str) -> "Sequence[Run]":
         if not NAME.fullmatch(name):
-            return None
+            return []
         client = self._client()
         experiments = [one.experiment_id for one in client.search_experiments()]
         wanted = f"tags.{JOURNAL_TAG} = '{name}'"
-        found = client.search_runs(experiments, wanted, max_results=1) if experiments else []
-        return found[0] if found else None
+        return client.search_runs(experiments, wanted) if experiments else []
 
     def _experiment(self, stage: str) -> str:
         from mlflow.exceptions import MlflowException
@@ -231,7 +233,11 @@ class MlflowRuns:
             client.create_model_version(name, f"runs:/{run_id}/model", run_id, tags=dict(tags))
         )
 
-    def _end(self, run_id: str, entry: Entry, _: Journal) -> None:
+    def _end(self, run_id: str, entry: Entry, journal: Journal) -> None:
+        """Ends a run, and removes twins: a stalled server may create a run after the call was given up."""
+        for twin in self._all_by_journal(journal.name):
+            if twin.info.run_id != run_id and "attempts" not in twin.data.tags:
+                self._client().delete_run(twin.info.run_id)
         self._client().set_terminated(run_id, entry["status"], end_time=entry["at_ms"])
 
 

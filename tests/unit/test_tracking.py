@@ -350,6 +350,21 @@ def test_a_file_without_room_waits_and_holds_up_no_other(
     assert files_of(root, run.id) == ["a.txt"]
 
 
+def test_a_run_that_a_stalled_server_created_twice_is_there_once(tracker: Tracker) -> None:
+    from mlflow.tracking import MlflowClient
+
+    run = started(tracker)
+    name = run.id
+    assert run.flush(30)
+    client = MlflowClient(tracker.uri)
+    experiment = client.get_experiment_by_name("train-ldm")
+    assert experiment is not None
+    client.create_run(experiment.experiment_id, tags={"journal": name}, run_name="demo")
+    run.finish()
+    rows = [row for row in tracker.runs("train-ldm") if row["tags"].get("journal") == name]
+    assert [row["id"] for row in rows] == [run.id]
+
+
 def test_a_line_cut_short_by_a_kill_is_passed_over(root: Path, tracker: Tracker) -> None:
     run = started(tracker)
     assert run.flush(10)
