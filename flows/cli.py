@@ -304,14 +304,11 @@ def memory(
     gib: Annotated[
         float | None, Parameter(help="Memory of each GPU; says what fits and what to set.")
     ] = None,
-    precision: Annotated[
-        Literal["float32", "bfloat16"], Parameter(help="In which layers compute (autocast).")
-    ] = "float32",
 ) -> None:
     """Count what training a recipe takes on each GPU, without one; infra/memory.md has the paper's models."""
     from flows.memory import print_memory
 
-    print_memory(recipe, set or [], gpus=gpus, gib=gib, precision=precision)
+    print_memory(recipe, set or [], gpus=gpus, gib=gib)
 
 
 @commands.command

@@ -12,7 +12,6 @@ from ldm.recipe import load_recipe
 from ldm.training.memory import (
     GIB,
     HEADROOM,
-    Precision,
     TrainingStage,
     Way,
     largest_at_once,
@@ -31,9 +30,7 @@ PARTS = {
 }
 
 
-def print_memory(
-    recipe: str, overrides: Sequence[str], *, gpus: int, gib: float | None, precision: Precision
-) -> None:
+def print_memory(recipe: str, overrides: Sequence[str], *, gpus: int, gib: float | None) -> None:
     """Print a table of what each training of a recipe takes; with `gib` also what fits.
 
     Args:
@@ -41,15 +38,14 @@ def print_memory(
         overrides: `key=value` each.
         gpus: ranks that share out a batch.
         gib: memory of each GPU.
-        precision: in which layers compute.
 
     Raises:
         RecipeError: the recipe is not valid.
     """
     resolved, console = load_recipe(recipe, overrides), Console()
     if resolved.first_stage.training is not None:
-        print_stage(console, resolved, "train-first-stage", gpus=gpus, gib=gib, precision=precision)
-    print_stage(console, resolved, "train-ldm", gpus=gpus, gib=gib, precision=precision)
+        print_stage(console, resolved, "train-first-stage", gpus=gpus, gib=gib)
+    print_stage(console, resolved, "train-ldm", gpus=gpus, gib=gib)
 
 
 def print_stage(
@@ -59,16 +55,15 @@ def print_stage(
     *,
     gpus: int,
     gib: float | None,
-    precision: Precision,
 ) -> None:
     """The table of one stage, and what fits."""
     networks = networks_of_stage(recipe, stage)
-    way = way_of(recipe, stage, ranks=gpus, precision=precision)
+    way = way_of(recipe, stage, ranks=gpus)
     need = networks.need(way)
     kept = "made again" if way.checkpointing else "kept"
     table = Table(f"{stage} {recipe.name}", "GiB", title_justify="left")
     for name, value in vars(need).items():
-        of = f" of {way.at_once} pictures at once, {precision}, {kept}" if name == "activations" else ""
+        of = f" of {way.at_once} pictures at once, {way.precision}, {kept}" if name == "activations" else ""
         table.add_row(f"{PARTS[name]}{of}", f"{value / GIB:.2f}")
     table.add_section()
     table.add_row(f"on each of {gpus}", f"{need.total / GIB:.2f}")
@@ -82,7 +77,7 @@ def print_stage(
         how = "made again in the backward pass" if checkpointing else "kept"
         console.print(f"At most {most} pictures at once fit into {gib:g} GiB with activations {how}.")
     try:
-        require_memory(recipe, stage, available_bytes=int(gib * GIB), ranks=gpus, precision=precision)
+        require_memory(recipe, stage, available_bytes=int(gib * GIB), ranks=gpus)
         console.print(f"It fits: {way.at_once} pictures at once on each of {gpus}.")
     except RecipeError as error:
         console.print(f"It does not fit: {error}.")

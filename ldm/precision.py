@@ -1,11 +1,10 @@
 """What numbers networks compute in while they are trained."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 import torch
 
-Precision = Literal["float32", "tf32", "bfloat16"]
+from ldm.training_config import Precision
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from ldm.network_config import Config
 
+Precision = Literal["float32", "tf32", "bfloat16"]
 NOT_WHAT = {"picture_every_images", "keep_every_images", "ranks"}
 """Settings of a training run that change no bit of its result."""
 
@@ -43,7 +44,7 @@ class Training(Config):
     ranks: int = Field(default=1, ge=1)
     """Processes that train together, each with `threads` threads or a GPU of its own, and a part of the
     virtual shards. The bits are the same for any number, so it is no part of the key."""
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """What networks compute in: float32 throughout; float32 with products of TF32, which GPUs have; or
     bfloat16 where torch's autocast allows it. Weights, optimiser, averages, norms and losses are float32."""
     skip_steps: tuple[int, ...] = ()

@@ -22,6 +22,7 @@ from datasets.stream import SampleReader
 
 if TYPE_CHECKING:
     from ldm.config import Recipe
+    from ldm.training.diffusion import DiffusionTrainee
 
 SIZE_PX = 32
 SHARDS = {"train-00000": 24, "train-00001": 16, "held_out-00000": 12}
@@ -142,6 +143,27 @@ def kl_chain(cat_store: Store, cat_shards: Manifest, tiny_recipe: Callable[..., 
     """The chain up to latents that are moments."""
     recipe = tiny_recipe("first_stage.model.kind=kl", "first_stage.model.num_codes=null")
     return build_chain(cat_store, cat_shards, recipe)
+
+
+@pytest.fixture(scope="session")
+def diffusion_trainee() -> Callable[..., DiffusionTrainee]:
+    """`diffusion_trainee(chain, recipe, device=...)`: training on a chain's latents, looked at by nobody."""
+    from ldm.latents import contract_of
+    from ldm.model import load_first_stage
+    from ldm.training.diffusion import DiffusionTrainee
+
+    def build(chain: Chain, recipe: Recipe | None = None, *, device: str = "cpu") -> DiffusionTrainee:
+        return DiffusionTrainee(
+            recipe or chain.recipe,
+            chain.reader(),
+            contract_of(chain.latents),
+            load_first_stage(chain.store, chain.first_stage),
+            num_classes=15,
+            look=lambda networks: {},
+            device=device,
+        )
+
+    return build
 
 
 @pytest.fixture(scope="session")

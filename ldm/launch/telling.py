@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ldm.training.report import Report
 
-TOLD = "told-{rank}.jsonl"
+TOLD = "told-{rank}-{pid}.jsonl"
 ERROR = "error-{rank}.json"
 
 
@@ -24,12 +25,13 @@ class Telling(logging.Handler):
     def __init__(self, folder: Path, rank: int) -> None:
         super().__init__(logging.INFO if rank == 0 else logging.WARNING)
         self._folder, self._rank = folder, rank
-        self._file = (folder / TOLD.format(rank=rank)).open("a", encoding="utf-8")
+        # of this process alone: one that was killed may have left half a line
+        path = folder / TOLD.format(rank=rank, pid=os.getpid())
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._num_pictures = 0
 
     def _tell(self, what: str, *about: Any) -> None:
-        self._file.write(json.dumps([what, *about]) + "\n")
-        self._file.flush()
+        os.write(self._file, json.dumps([what, *about]).encode() + b"\n")  # at once, as several threads tell
 
     def metrics(self, images_seen: int, values: Mapping[str, float]) -> None:
         """Scalars at a point of the run."""
@@ -64,7 +66,10 @@ class Telling(logging.Handler):
             "is_final": is_final,
             "traceback": "".join(traceback.format_exception(error)),
         }
-        (self._folder / ERROR.format(rank=self._rank)).write_text(json.dumps(about), encoding="utf-8")
+        path = self._folder / ERROR.format(rank=self._rank)
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(about), encoding="utf-8")
+        unfinished.replace(path)
 
 
 class Told:
@@ -82,7 +87,7 @@ class Told:
 
     def pass_on(self) -> None:
         """Pass on what was told since the last call; a line that is not whole yet waits."""
-        for path in sorted(self._folder.glob(TOLD.format(rank="*"))):
+        for path in sorted(self._folder.glob(TOLD.format(rank="*", pid="*"))):
             with path.open("rb") as file:
                 file.seek(self._read.get(path, 0))
                 data = file.read()

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -40,17 +41,31 @@ def work(task_json: str, rank: int, world_size: int, port: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; who started this one decides
     os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
-    task = Task.model_validate_json(task_json)
-    end_with(*task.supervisor)
-    store = TCPStore("127.0.0.1", port, world_size=world_size, is_master=False)
     os.environ[LOCAL_RANK] = str(rank)
+    task, ranks = Task.model_validate_json(task_json), Ranks(rank, world_size)
+    end_with(*task.supervisor)
+    sys.exit(0 if do(task, ranks, lambda: join(task, ranks, port)) else 1)
+
+
+def join(task: Task, ranks: Ranks, port: int) -> None:
+    """Meet the other ranks.
+
+    Raises:
+        RecipeError: this rank has no GPU, and the recipe wants one.
+    """
     device = resolve(task.recipe["device"])
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PEER_TIMEOUT)
-    sys.exit(0 if do(task, Ranks(rank, world_size)) else 1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=TCPStore("127.0.0.1", port, world_size=ranks.world_size, is_master=False),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=PEER_TIMEOUT,
+    )
 
 
-def do(task: Task, ranks: Ranks) -> bool:
+def do(task: Task, ranks: Ranks, join: Callable[[], None]) -> bool:
     """Train until the final checkpoint is saved; whether it went well, else the folder says why not."""
     from ldm.stages import STAGES
 
@@ -62,6 +77,7 @@ def do(task: Task, ranks: Ranks) -> bool:
         logger.setLevel(logging.INFO)
     beacon("start", 0)
     try:
+        join()
         job = job_of(task)
         torch.set_num_threads(job.recipe.threads)
         make_trainee = STAGES[task.stage].make_trainee

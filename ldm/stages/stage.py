@@ -126,7 +126,6 @@ def trained(job: Job, training: Training, make: Callable[[Job, Ranks], TraineeT]
         "train-ldm" if job.stage.name == "train-ldm" else "train-first-stage",
         available_bytes=available_bytes(resolve(job.recipe.device), ranks=training.ranks),
         ranks=training.ranks,
-        precision="bfloat16" if training.precision == "bfloat16" else "float32",
     )
     if training.ranks > 1:
         supervise(job, training.ranks)

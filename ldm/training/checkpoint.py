@@ -46,7 +46,7 @@ class Checkpoint:
     history: dict[str, list[tuple[int, float]]]
     """Logged metrics so far: name -> (images seen, value)."""
     skipped: tuple[int, ...] = ()
-    """Steps that were left out because their numbers were not finite."""
+    """Steps that were left out: their numbers were not finite, or the recipe says so."""
 
 
 class Checkpoints:

@@ -183,7 +183,7 @@ class Run:
         self.ranks, self.pulse = ranks, pulse
         self.step = 0
         self.history: History = {}
-        self.bad_steps: list[int] = []
+        self.left_out: list[int] = []
 
     @property
     def images(self) -> int:
@@ -206,7 +206,7 @@ class Run:
             return
         self.trainee.load(checkpoint.tensors)
         self.step, self.history = checkpoint.step, checkpoint.history
-        self.bad_steps = list(checkpoint.skipped)
+        self.left_out = list(checkpoint.skipped)
         logger.info("resuming at %d of %d images", self.images, self.training.num_images)
 
     def do_step(self) -> None:
@@ -215,7 +215,10 @@ class Run:
         self.pulse("step", step)
         values = {} if step in training.skip_steps else self.learn(step)
         self.step += 1
-        if values and is_logged(training, self.step):
+        if not values:
+            self.left_out.append(step)
+            self.record({"steps_left_out": float(len(self.left_out))})
+        elif is_logged(training, self.step):
             self.record(finite({name: float(value) for name, value in values.items()}, self.images))
             check_gradients(self.history)
         if self.trainee.validates(self.images):
@@ -235,26 +238,25 @@ class Run:
         bad = {name: value for name, value in judged.items() if not math.isfinite(value)}
         if bad:
             self.trainee.forget()
-            self.leave_out(step, bad)
+            self.warn_of(step, bad)
             return {}
         return values | self.trainee.update(step)
 
-    def leave_out(self, step: int, bad: Mapping[str, float]) -> None:
-        """Record a step that was left out, and stop the run if it is not the first of many.
+    def warn_of(self, step: int, bad: Mapping[str, float]) -> None:
+        """Say why a step is left out, and stop the run if it is not the first of many.
 
         Raises:
-            TrainingError: it was one of too many.
+            TrainingError: it is one of too many.
         """
-        self.bad_steps.append(step)
+        bad_steps = [*(s for s in self.left_out if s not in self.training.skip_steps), step]
         found = ", ".join(f"{name} {value}" for name, value in bad.items())
         logger.warning("step %d is left out, its numbers are not finite: %s", step, found)
-        self.report.metrics((step + 1) * self.training.batch_size, {"steps_left_out": len(self.bad_steps)})
-        row = self.bad_steps[-NUM_BAD_IN_A_ROW:]
+        row = bad_steps[-NUM_BAD_IN_A_ROW:]
         in_a_row = len(row) == NUM_BAD_IN_A_ROW and row[-1] - row[0] == NUM_BAD_IN_A_ROW - 1
-        if in_a_row or len(self.bad_steps) > max(NUM_BAD_IN_A_ROW, BAD_SHARE * self.training.num_steps):
+        if in_a_row or len(bad_steps) > max(NUM_BAD_IN_A_ROW, BAD_SHARE * self.training.num_steps):
             raise TrainingError(
                 f"loss and gradient must be finite, got {found} at step {step} ({self.images} images seen), "
-                f"as at {len(self.bad_steps) - 1} steps before it, which were left out: {self.bad_steps}; "
+                f"as at {len(bad_steps) - 1} steps before it, which were left out: {bad_steps}; "
                 "lower training.lr or set training.clip_norm"
             )
 
@@ -277,7 +279,7 @@ class Run:
         self.pulse("save", self.step)
         if self.ranks.is_first:
             self.report.flush()
-            skipped = tuple(self.bad_steps)
+            skipped = tuple(self.left_out)
             self.checkpoints.save(Checkpoint(self.step, self.trainee.tensors(), self.history, skipped))
 
 

@@ -33,7 +33,7 @@ from ldm.models.lpips import build_lpips
 from ldm.network_config import HybridConditioning
 from ldm.training.allocations import backward, counted
 from ldm.training.first_stage_loss import Encoded, adaptive_weight, reconstruction_loss
-from ldm.training_config import Training, is_power_of_two
+from ldm.training_config import Precision, Training, is_power_of_two
 
 GIB = 2**30
 HEADROOM = 0.1
@@ -42,8 +42,6 @@ NUM_EMBEDDINGS = 20
 """Vectors of a condition of kind embeddings, whose number no recipe says; rdm768 draws so many at most."""
 
 TrainingStage = Literal["train-first-stage", "train-ldm"]
-Precision = Literal["float32", "bfloat16"]
-"""In which layers compute; weights, gradients and averages are float32 in both."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +265,7 @@ def checkpoints(recipe: Recipe, stage: TrainingStage) -> bool:
     return unet.checkpoint_activations if stage == "train-ldm" else first_stage.gradient_checkpointing
 
 
-def way_of(recipe: Recipe, stage: TrainingStage, *, ranks: int = 1, precision: Precision = "float32") -> Way:
+def way_of(recipe: Recipe, stage: TrainingStage, *, ranks: int = 1) -> Way:
     """How a recipe's step is done on each of so many ranks."""
     training = training_of(recipe, stage)
     shards = max(training.virtual_shards, ranks)
@@ -275,7 +273,7 @@ def way_of(recipe: Recipe, stage: TrainingStage, *, ranks: int = 1, precision: P
         at_once=-(-training.batch_size // shards),
         shards=max(1, shards // ranks),
         checkpointing=checkpoints(recipe, stage),
-        precision=precision,
+        precision=training.precision,
     )
 
 
@@ -337,7 +335,6 @@ def require_memory(
     *,
     available_bytes: int,
     ranks: int = 1,
-    precision: Precision = "float32",
 ) -> Need:
     """What a step needs on each device, if that is there; called before anything is put on the device.
 
@@ -346,13 +343,12 @@ def require_memory(
         stage: which of its trainings.
         available_bytes: free memory of the device (`available_bytes`).
         ranks: processes with a device each that share out the batch.
-        precision: in which layers compute.
 
     Raises:
         RecipeError: it does not fit; the message names what is needed and the settings that make it fit.
     """
     networks, training = networks_of_stage(recipe, stage), training_of(recipe, stage)
-    way, budget = way_of(recipe, stage, ranks=ranks, precision=precision), (1 - HEADROOM) * available_bytes
+    way, budget = way_of(recipe, stage, ranks=ranks), (1 - HEADROOM) * available_bytes
     need = networks.need(way)
     if need.total <= budget:
         return need

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -36,9 +37,11 @@ NUM_STEPS = 60
 DELIVER_S = 300
 START_S = 240
 """A server takes 10 s to start, and minutes on a machine with other work."""
-SHARE_MAX = 0.15
-"""Of the time of a step, in calls that report: 0.6 % where disk and cores are free. One call that waits for a
-stalled server, 5 s, takes more than all of it."""
+MEDIAN_MAX = 0.01
+"""Of the time of a step, in calls that report, in the median step."""
+WHOLE_MAX = 0.15
+"""Of the time of all steps: about 0.6 % where disk and cores are free, more where a step waits for a core.
+One call that waits for a stalled server, 5 s, takes more than all of it."""
 
 WRITER = """
 import sys, time
@@ -187,12 +190,12 @@ def proxy(server: MlflowServer) -> Iterator[Proxy]:
     proxy.server_close()
 
 
-def train(tracker: Tracker, *, name: str) -> float:
-    """A run that reports at every step; returns the share of the steps' time that reporting took."""
+def train(tracker: Tracker, *, name: str) -> tuple[float, float]:
+    """A run that reports at every step; the median share of a step that reporting took, and the whole."""
     run = tracker.start(
         "faults", name=name, params={"seed": 1}, tags={"recipe": "cats"}, system_metrics=False
     )
-    began, reporting_s = time.monotonic(), 0.0
+    began, reporting_s = time.monotonic(), []
     for step in range(NUM_STEPS):
         time.sleep(STEP_S)
         before = time.monotonic()
@@ -200,10 +203,17 @@ def train(tracker: Tracker, *, name: str) -> float:
         if step % 20 == 0:
             run.picture("samples", step, PNG)
             run.sync()
-        reporting_s += time.monotonic() - before
-    share = reporting_s / (time.monotonic() - began)
+        reporting_s.append(time.monotonic() - before)
+    shares = statistics.median(reporting_s) / STEP_S, sum(reporting_s) / (time.monotonic() - began)
     run.finish()
-    return share
+    return shares
+
+
+def assert_in_passing(shares: tuple[float, float]) -> None:
+    """Reporting takes next to nothing of a step, and nothing waited for the server."""
+    median, whole = shares
+    assert median < MEDIAN_MAX
+    assert whole < WHOLE_MAX
 
 
 def points_of(client: Any, run_id: str) -> dict[str, list[tuple[int, float]]]:
@@ -248,10 +258,10 @@ def deliver(tracker: Tracker, journals: Path) -> None:
 
 def test_with_the_server_alive_reporting_takes_no_time(server: MlflowServer, tmp_path: Path) -> None:
     tracker = Tracker(server.address, tmp_path)
-    share = train(tracker, name="alive")
+    shares = train(tracker, name="alive")
     deliver(tracker, tmp_path)
     assert_whole(server.address, stage="faults", name="alive", num_steps=NUM_STEPS)
-    assert share < SHARE_MAX
+    assert_in_passing(shares)
 
 
 @pytest.mark.slow
@@ -259,7 +269,7 @@ def test_with_the_server_alive_reporting_takes_no_time(server: MlflowServer, tmp
 def test_a_server_dead_for_a_whole_run_has_all_of_it_once_it_starts(tmp_path: Path) -> None:
     server = MlflowServer(tmp_path)
     tracker = Tracker(server.address, tmp_path / "tracking")
-    share = train(tracker, name="dead")
+    shares = train(tracker, name="dead")
     (left,) = waiting(tmp_path / "tracking")
     assert (left.address, left.num_runs, left.num_points) == (server.address, 1, 2 * NUM_STEPS)
     server.start()
@@ -268,7 +278,7 @@ def test_a_server_dead_for_a_whole_run_has_all_of_it_once_it_starts(tmp_path: Pa
         assert_whole(server.address, stage="faults", name="dead", num_steps=NUM_STEPS)
     finally:
         server.kill()
-    assert share < SHARE_MAX
+    assert_in_passing(shares)
 
 
 def test_a_server_stalled_for_a_whole_run_has_all_of_it_once_it_goes_on(
@@ -277,25 +287,25 @@ def test_a_server_stalled_for_a_whole_run_has_all_of_it_once_it_goes_on(
     tracker = Tracker(server.address, tmp_path)
     server.signal(signal.SIGSTOP)
     try:
-        share = train(tracker, name="stalled")
+        shares = train(tracker, name="stalled")
     finally:
         server.signal(signal.SIGCONT)
     deliver(tracker, tmp_path)
     assert_whole(server.address, stage="faults", name="stalled", num_steps=NUM_STEPS)
-    assert share < SHARE_MAX
+    assert_in_passing(shares)
 
 
 def test_a_server_that_answers_500_for_a_whole_run_has_all_of_it_once_it_does_not(
     server: MlflowServer, proxy: Proxy, tmp_path: Path
 ) -> None:
     tracker = Tracker(proxy.address, tmp_path)
-    share = train(tracker, name="broken")
+    shares = train(tracker, name="broken")
     assert proxy.num_refused
     assert waiting(tmp_path)[0].num_points == 2 * NUM_STEPS
     proxy.is_broken = False
     deliver(tracker, tmp_path)
     assert_whole(server.address, stage="faults", name="broken", num_steps=NUM_STEPS)
-    assert share < SHARE_MAX
+    assert_in_passing(shares)
 
 
 def killed_after(command: list[str], folder: Path, seconds: float, between: Callable[[], None]) -> None:

@@ -9,7 +9,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datasets.manifest import Content, Manifest
+from datasets.manifest import Content, FileRecord, Manifest
 from datasets.order import SampleOrder
 from datasets.samples import LATENT_MEMBER
 from datasets.shards import read_shard, write_shard
@@ -31,7 +31,7 @@ from ldm.errors import TrainingError, WorkerError
 from ldm.launch.beacons import BEACON, cpu_seconds
 from ldm.launch.supervisor import attempt, supervise, watch
 from ldm.launch.task import task_of
-from ldm.launch.telling import Told
+from ldm.launch.telling import Telling, Told
 from ldm.recipe import merge, parse_override, parse_recipe
 from ldm.stages import STAGES
 from ldm.stages.stage import Job
@@ -209,45 +209,42 @@ def test_a_rank_that_stands_still_is_found_and_the_run_goes_on(kl_chain: Chain) 
     assert_same(ended(work), alone)
 
 
-def with_bad_samples(chain: Chain, count: int) -> tuple[Chain, list[int]]:
-    """The chain with NaN in some of its training latents, and the indices of those."""
-    reader_order = sorted(r.name for r in chain.latents.content.files if r.name.startswith("train-"))
-    bad = sorted(random.Random(5).sample(range(40), count))
-    content, key, seen = chain.latents.content, f"{next(number):016x}{0:048x}", 0
-    files = []
-    for record in sorted(content.files, key=lambda record: record.name):
-        samples = list(read_shard(chain.store.read(chain.latents, record.name)))
-        if record.name in reader_order:
-            for place, sample in enumerate(samples):
-                if seen + place in bad:
-                    data = sample[LATENT_MEMBER]
-                    sample[LATENT_MEMBER] = data[:-4] + np.float32("nan").tobytes()
-            seen += len(samples)
-        files.append(
-            chain.store.put(content.stage, key, record.name, write_shard(samples), count=record.count)
-        )
-    poisoned = chain.store.commit(replace(content, key=key, files=tuple(files)), {})
-    return replace(chain, latents=poisoned), bad  # pyright: ignore[reportArgumentType]
+def train_shards(chain: Chain) -> list[FileRecord]:
+    """The training shards of a chain's latents, in their order."""
+    files = chain.latents.content.files
+    return sorted((r for r in files if r.name.startswith("train-")), key=lambda record: record.name)
 
 
-def steps_of(bad: list[int], chain: Chain) -> list[int]:
-    """The steps, batches of 4, of the first epoch that a sample of these indices is in."""
-    reader_sizes = [r.count or 0 for r in sorted(chain.latents.content.files, key=lambda r: r.name)]
-    train = [
-        r.count or 0
-        for r in sorted(chain.latents.content.files, key=lambda r: r.name)
-        if r.name.startswith("train-")
-    ]
-    assert sum(reader_sizes) > sum(train)
-    order = SampleOrder(chain.recipe.training.seed, train).part(0, 40)
-    return sorted({int(place) // 4 for place, index in enumerate(order) if int(index) in bad})
+def with_bad_samples(chain: Chain, bad: set[int]) -> Chain:
+    """The chain with NaN in the training latents of these indices."""
+    content, key, first = chain.latents.content, f"{next(number):016x}{0:048x}", 0
+    files = {record.name: chain.store.read(chain.latents, record.name) for record in content.files}
+    for record in train_shards(chain):
+        samples = list(read_shard(files[record.name]))
+        for index, sample in enumerate(samples, first):
+            if index in bad:
+                sample[LATENT_MEMBER] = sample[LATENT_MEMBER][:-4] + np.float32("nan").tobytes()
+        files[record.name] = write_shard(samples)
+        first += len(samples)
+    put = [chain.store.put(content.stage, key, r.name, files[r.name], count=r.count) for r in content.files]
+    poisoned = chain.store.commit(replace(content, key=key, files=tuple(put)), {})
+    return replace(chain, latents=poisoned)  # pyright: ignore[reportArgumentType]
+
+
+def steps_of(bad: set[int], chain: Chain) -> list[int]:
+    """The steps of the first epoch, in batches of 4, that a sample of these indices is in."""
+    sizes = [record.count or 0 for record in train_shards(chain)]
+    order = SampleOrder(chain.recipe.training.seed, sizes).part(0, sum(sizes))
+    return sorted({place // 4 for place, index in enumerate(order.tolist()) if index in bad})
 
 
 def test_bad_numbers_leave_steps_out_as_if_they_had_been_listed(vq_chain: Chain) -> None:
-    poisoned, bad = with_bad_samples(vq_chain, 4)
-    epoch, steps = ("training.num_images=40",), steps_of(bad, vq_chain)
+    bad = {3, 14, 15, 37}
+    poisoned, steps = with_bad_samples(vq_chain, bad), steps_of(bad, vq_chain)
+    epoch = ("training.num_images=40",)
     assert len(steps) > 1
     listed = ended(job(vq_chain, "train-ldm", *epoch, f"training.skip_steps={steps}"))
+    assert listed[1]["steps_left_out"] == [(4 * (step + 1), n + 1) for n, step in enumerate(steps)]
     for num_ranks in (1, 2):
         work = job(poisoned, "train-ldm", *epoch)
         if num_ranks > 1:
@@ -256,7 +253,7 @@ def test_bad_numbers_leave_steps_out_as_if_they_had_been_listed(vq_chain: Chain)
 
 
 def test_a_reason_to_stop_that_would_come_again_is_not_tried_again(vq_chain: Chain) -> None:
-    work = job(with_bad_samples(vq_chain, 38)[0], "train-ldm")
+    work = job(with_bad_samples(vq_chain, set(range(38))), "train-ldm")
     with pytest.raises(TrainingError, match=r"loss and gradient must be finite, got loss nan"):
         supervise(work, 2)
 
@@ -281,3 +278,28 @@ def test_ranks_that_never_get_further_end_the_run(vq_chain: Chain) -> None:
 def replace_key(manifest: Manifest) -> Manifest:
     content: Content = replace(manifest.content, key="e" * 64)
     return replace(manifest, content=content)
+
+
+def test_what_a_killed_rank_left_half_told_spoils_nothing(tmp_path: Path) -> None:
+    seen: list[tuple[int, dict[str, float]]] = []
+
+    class Seeing(Silent):
+        def metrics(self, images_seen: int, values: Mapping[str, float]) -> None:
+            seen.append((images_seen, dict(values)))
+
+    told = Told(tmp_path, Seeing())
+    (tmp_path / "told-0-1.jsonl").write_text('["metrics", 4, {"loss": 0.5}]\n["metrics", 8, {"lo')
+    told.pass_on()
+    again = Telling(tmp_path, 0)
+    for images in (4, 8, 12):
+        again.metrics(images, {"loss": 2.0 / images})
+    told.pass_on()
+    assert seen == [(4, {"loss": 0.5}), (8, {"loss": 0.25}), (12, {"loss": 2.0 / 12})]
+
+
+def test_ranks_without_a_gpu_each_are_refused_once(vq_chain: Chain) -> None:
+    if torch.cuda.device_count() > 1:
+        pytest.skip("there are GPUs for both")
+    work = job(vq_chain, "train-ldm", "device=cuda")
+    with pytest.raises(TrainingError, match=r"torch sees"):
+        supervise(work, 2)

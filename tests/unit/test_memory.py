@@ -14,8 +14,6 @@ from datasets.store import Store
 from datasets.stream import SampleReader
 from ldm.config import Recipe
 from ldm.errors import RecipeError
-from ldm.latents import contract_of
-from ldm.model import load_first_stage
 from ldm.recipe import load_recipe
 from ldm.stages import STAGES
 from ldm.stages.stage import Job, trained
@@ -104,17 +102,13 @@ def test_a_linear_layer_takes_what_one_can_count_by_hand() -> None:
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_a_unets_step_takes_what_was_counted(
-    vq_chain: Chain, tiny_recipe: Callable[..., Recipe], checkpointing: str
+    vq_chain: Chain,
+    tiny_recipe: Callable[..., Recipe],
+    diffusion_trainee: Callable[..., DiffusionTrainee],
+    checkpointing: str,
 ) -> None:
     recipe = tiny_recipe(*WIDE, f"unet.checkpoint_activations={checkpointing}")
-    trainee = DiffusionTrainee(
-        recipe,
-        vq_chain.reader(),
-        contract_of(vq_chain.latents),
-        load_first_stage(vq_chain.store, vq_chain.first_stage),
-        num_classes=15,
-        look=lambda networks: {},
-    )
+    trainee = diffusion_trainee(vq_chain, recipe)
     trainee.gradients(0)
     trainee.update(0)
     need = needs(recipe, "train-ldm")

@@ -10,8 +10,6 @@ from datasets.manifest import Manifest
 from datasets.store import Store
 from datasets.stream import SampleReader
 from ldm.config import Recipe
-from ldm.latents import contract_of
-from ldm.model import load_first_stage
 from ldm.training.diffusion import DiffusionTrainee
 from ldm.training.first_stage import FirstStageTrainee
 
@@ -25,19 +23,7 @@ class Chain(Protocol):
     def reader(self, *, split: str = "train") -> SampleReader: ...
 
 
-Make = Callable[..., DiffusionTrainee]
-
-
-def diffusion(chain: Chain, recipe: Recipe, device: str) -> DiffusionTrainee:
-    return DiffusionTrainee(
-        recipe,
-        chain.reader(),
-        contract_of(chain.latents),
-        load_first_stage(chain.store, chain.first_stage),
-        num_classes=15,
-        look=lambda networks: {},
-        device=device,
-    )
+MakeTrainee = Callable[..., DiffusionTrainee]
 
 
 def with_training(recipe: Recipe, **settings: object) -> Recipe:
@@ -47,12 +33,12 @@ def with_training(recipe: Recipe, **settings: object) -> Recipe:
 @pytest.mark.parametrize("kind", ["vq", "kl"])
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_step_of_the_unet_stays_on_its_device(
-    kind: str, learned: bool, request: pytest.FixtureRequest
+    kind: str, learned: bool, request: pytest.FixtureRequest, diffusion_trainee: MakeTrainee
 ) -> None:
     chain: Chain = request.getfixturevalue(f"{kind}_chain")
     changed = {"learn_log_variance": learned, "weighting": "simple" if learned else "min_snr"}
     recipe = chain.recipe.model_copy(update={"diffusion": chain.recipe.diffusion.model_copy(update=changed)})
-    trainee = diffusion(chain, recipe, "meta")
+    trainee = diffusion_trainee(chain, recipe, device="meta")
     logged = trainee.backward(trainee.batches.at(0), 0, 0)
     assert logged["loss"].device.type == "meta"
     gradients = [parameter.grad for parameter in trainee.networks.parameters()]
@@ -75,10 +61,13 @@ def test_a_step_of_the_first_stage_stays_on_its_device(
 
 
 def test_bfloat16_trains_near_float32_and_keeps_weights_in_float32(
-    vq_chain: Chain, tiny_recipe: Callable[..., Recipe], cats: Callable[[str], SampleReader]
+    vq_chain: Chain,
+    tiny_recipe: Callable[..., Recipe],
+    cats: Callable[[str], SampleReader],
+    diffusion_trainee: MakeTrainee,
 ) -> None:
     for_unet = [
-        diffusion(vq_chain, with_training(vq_chain.recipe, precision=precision), "cpu")
+        diffusion_trainee(vq_chain, with_training(vq_chain.recipe, precision=precision))
         for precision in ("float32", "bfloat16")
     ]
     shared = ("first_stage.loss.perceptual_weight=1", "first_stage.loss.adversarial_start_images=0")

@@ -13,8 +13,6 @@ from datasets.store import Store, WorkArea
 from datasets.stream import SampleReader
 from ldm.config import Recipe
 from ldm.errors import TrainingError
-from ldm.latents import contract_of
-from ldm.model import load_first_stage
 from ldm.recipe import merge, parse_override, parse_recipe
 from ldm.training.checkpoint import Checkpoints, name_of, saved
 from ldm.training.diffusion import DiffusionTrainee
@@ -36,6 +34,9 @@ class Chain(Protocol):
     latents: Manifest
 
     def reader(self, *, split: str = "train") -> SampleReader: ...
+
+
+MakeTrainee = Callable[..., DiffusionTrainee]
 
 
 class PowerCutError(Exception):
@@ -82,7 +83,10 @@ VARIANTS = {
 
 @pytest.fixture(scope="module", params=["vq", "kl", "diffusion vq", "diffusion kl", *VARIANTS])
 def case(
-    request: pytest.FixtureRequest, cats: Callable[[str], SampleReader], tiny_recipe: Callable[..., Recipe]
+    request: pytest.FixtureRequest,
+    cats: Callable[[str], SampleReader],
+    tiny_recipe: Callable[..., Recipe],
+    diffusion_trainee: MakeTrainee,
 ) -> Case:
     chain = request.getfixturevalue(f"{request.param.split()[-1]}_chain")
     recipe = tiny_recipe(*VARIANTS[request.param]) if request.param in VARIANTS else chain.recipe
@@ -93,17 +97,6 @@ def case(
         return FirstStageTrainee(recipe.first_stage, cats("train"), cats("held_out"))
 
     return Case(make, *undisturbed(make))
-
-
-def diffusion_trainee(chain: Chain, recipe: Recipe | None = None) -> DiffusionTrainee:
-    return DiffusionTrainee(
-        recipe or chain.recipe,
-        chain.reader(),
-        contract_of(chain.latents),
-        load_first_stage(chain.store, chain.first_stage),
-        num_classes=15,
-        look=lambda networks: {},
-    )
 
 
 def work_area(store: Store) -> WorkArea:
@@ -150,13 +143,14 @@ def test_a_checkpoint_holds_all_that_the_next_step_depends_on(case: Case) -> Non
 
 
 @pytest.fixture(scope="module")
-def whole_run(vq_chain: Chain) -> tuple[dict[str, Tensor], History]:
+def whole_run(vq_chain: Chain, diffusion_trainee: MakeTrainee) -> tuple[dict[str, Tensor], History]:
     return undisturbed(lambda: diffusion_trainee(vq_chain))
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "unreadable record"])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     vq_chain: Chain,
+    diffusion_trainee: MakeTrainee,
     whole_run: tuple[dict[str, Tensor], History],
     damage: str,
     tmp_path: Path,
@@ -213,7 +207,7 @@ def test_another_seed_gives_other_weights(
     assert not torch.equal(first["model.encoder.conv_in.weight"], second["model.encoder.conv_in.weight"])
 
 
-def test_a_loss_that_is_no_number_stops_the_run(vq_chain: Chain) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(vq_chain: Chain, diffusion_trainee: MakeTrainee) -> None:
     trainee = diffusion_trainee(vq_chain)
     with torch.no_grad():
         dict(trainee.networks.named_parameters())["unet.out.2.bias"].fill_(torch.nan)
@@ -265,7 +259,10 @@ def test_a_cosine_after_the_warm_up_ends_at_its_floor_and_stays(tiny_recipe: Cal
     ],
 )
 def test_each_way_to_weigh_the_error_trains_another_network(
-    override: str, vq_chain: Chain, whole_run: tuple[dict[str, Tensor], History]
+    override: str,
+    vq_chain: Chain,
+    diffusion_trainee: MakeTrainee,
+    whole_run: tuple[dict[str, Tensor], History],
 ) -> None:
     raw = merge(vq_chain.recipe.model_dump(), parse_override(override))
     recipe = parse_recipe(raw, source="test")
@@ -284,7 +281,7 @@ def test_each_way_to_weigh_the_error_trains_another_network(
         assert tensors["log_variance"].any()
 
 
-def test_pictures_and_progress_are_told(vq_chain: Chain) -> None:
+def test_pictures_and_progress_are_told(vq_chain: Chain, diffusion_trainee: MakeTrainee) -> None:
     seen: list[tuple[int, int]] = []
 
     class Telling(Silent):

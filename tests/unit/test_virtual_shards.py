@@ -7,6 +7,7 @@ from torch import Tensor
 
 from datasets.stream import SampleReader
 from ldm.config import Recipe
+from ldm.training.diffusion import DiffusionTrainee
 from ldm.training.first_stage import FirstStageTrainee
 from ldm.training.randomness import seed_of
 from ldm.training.virtual_shards import TreeSum, run_shards
@@ -179,3 +180,13 @@ def test_what_a_shard_draws_is_its_own_and_needs_no_other_shard(
     assert not torch.equal(first, second)
     torch.manual_seed(99)
     assert torch.equal(trainee.encode_shard(x, step, 1).reconstruction, second)
+
+
+def test_a_shard_of_the_unet_draws_time_steps_and_noise_of_its_own(
+    vq_chain: object, diffusion_trainee: Callable[..., DiffusionTrainee]
+) -> None:
+    trainee = diffusion_trainee(vq_chain)
+    samples = trainee.batches.at(0)
+    losses = [trainee.backward(samples, 0, index)["loss"] for index in (0, 1, 1, 0)]
+    assert losses[0] != losses[1]
+    assert losses[2:] == [losses[1], losses[0]]
